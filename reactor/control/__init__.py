@@ -1,0 +1,1 @@
+"""The controller process: config, desired state, supervision, kernel devices, JSON-RPC."""

@@ -1,0 +1,1 @@
+"""A worker process: one reactor loop on one core, its disks and their connections."""

@@ -1,0 +1,43 @@
+"""The exceptions that cross module boundaries.
+
+Every message is one complete line for the operator: what failed, where, and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class ReactorError(Exception):
+    """A failure at run time that the operator can act on (exit status 1)."""
+
+
+class UsageError(ReactorError):
+    """Wrong usage or config (exit status 2)."""
+
+
+class ProtocolError(Exception):
+    """The peer broke the NBD protocol and the stream cannot be trusted any more."""
+
+
+class BusError(ReactorError):
+    """A control message that is malformed, too large or of another version."""
+
+
+class DeviceError(ReactorError):
+    """A kernel device could not be attached, changed or detached; `errno` says why."""
+
+    def __init__(self, errno: int, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+def reason(error: BaseException) -> str:
+    """Return one line that says what `error` means, without Python's decoration."""
+    if isinstance(error, OSError) and error.errno is not None:
+        text = os.strerror(error.errno)
+        # An OSError that our own code raised may carry a better text than the errno's.
+        if error.strerror and error.strerror != text:
+            text = error.strerror
+        return f"{error.filename}: {text}" if error.filename else text
+    return " ".join(str(error).split()) or type(error).__name__

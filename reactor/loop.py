@@ -1,0 +1,292 @@
+"""The reactor: one thread's loop over file descriptors, pollers, timers and what they made due.
+
+A turn is: ready descriptors, pollers, timers, calls from other threads, then one kick per channel
+and one flush per connection. Handlers only append; nothing is sent before the end of the turn.
+The work of a turn is bounded: at most `EVENTS_PER_TURN` descriptors, and only what was due when
+the turn began.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import select
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, Protocol, TypeAlias
+
+Mode: TypeAlias = Literal["adaptive", "poll", "interrupt"]
+MODES: Final[tuple[Mode, ...]] = ("adaptive", "poll", "interrupt")
+
+EVENTS_PER_TURN: Final = 64
+SPIN_NS: Final = 50_000  # how long `adaptive` looks again before it sleeps
+NEVER: Final = -1.0
+
+READABLE: Final = select.EPOLLIN
+WRITABLE: Final = select.EPOLLOUT
+HANGUP: Final = select.EPOLLHUP | select.EPOLLERR
+
+#: Waits at most so many seconds (`NEVER`: for ever) and returns (descriptor, events) pairs.
+PollFunction: TypeAlias = Callable[[float], Sequence[tuple[int, int]]]
+
+
+class Kickable(Protocol):
+    """Starts, once per turn, what the turn has queued."""
+
+    kick_due: bool
+
+    def kick(self) -> None:
+        """Start it."""
+
+
+class Flushable(Protocol):
+    """Sends, once per turn, what the turn has appended."""
+
+    flush_due: bool
+
+    def flush(self) -> None:
+        """Send it."""
+
+
+class Poller:
+    """A function that the loop calls, with its account. Times in ns, since the loop began."""
+
+    __slots__ = ("before_sleep", "busy_count", "busy_ns", "function", "name", "run_count")
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., bool],
+        before_sleep: Callable[[], bool] | None = None,
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.before_sleep = before_sleep
+        self.run_count = 0
+        self.busy_count = 0
+        self.busy_ns = 0
+
+
+class Timer:
+    """A call in the future; `cancel` is legal at any time, also from inside the call."""
+
+    __slots__ = ("deadline_ns", "function")
+
+    def __init__(self, deadline_ns: int, function: Callable[[], object] | None) -> None:
+        self.deadline_ns = deadline_ns
+        self.function = function
+
+    def cancel(self) -> None:
+        """Make sure that the call does not happen."""
+        self.function = None
+
+
+class Reactor:
+    """One event loop. Not thread-safe but for `call_from_thread`."""
+
+    def __init__(
+        self,
+        mode: Mode = "adaptive",
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+        poll: PollFunction | None = None,
+        spin_ns: int = SPIN_NS,
+    ) -> None:
+        self.mode = mode
+        self.clock = clock
+        self.busy_ns = 0
+        self.idle_ns = 0
+        self.turns = 0
+        self._spin_ns = spin_ns
+        self._epoll = select.epoll()
+        self._poll: PollFunction = poll or self._epoll_wait
+        self._handlers: dict[int, Poller] = {}
+        self._pollers: tuple[Poller, ...] = ()
+        self._timers: list[tuple[int, int, Timer]] = []
+        self._timer_order = 0
+        self._kicks: list[Kickable] = []
+        self._flushes: list[Flushable] = []
+        self._calls: deque[Callable[[], object]] = deque()
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._wakeup, READABLE)
+        self._handlers[self._wakeup] = Poller("wakeup", self._drain_wakeup)
+        self._spin_until = 0
+        self._now = clock()
+        self._running = False
+
+    # --- registration ---
+
+    def add_fd(
+        self, fd: int, handler: Callable[[int], bool], *, name: str, events: int = READABLE
+    ) -> Poller:
+        """Call `handler(events)` whenever `fd` is ready; it returns whether it did work."""
+        self._epoll.register(fd, events)
+        poller = self._handlers[fd] = Poller(name, handler)
+        return poller
+
+    def modify_fd(self, fd: int, events: int) -> None:
+        """Wait for `events` on `fd` from now on (0: only hang-ups and errors)."""
+        self._epoll.modify(fd, events)
+
+    def remove_fd(self, fd: int) -> None:
+        """Forget `fd`, before it is closed; an event already waiting for it is dropped."""
+        del self._handlers[fd]
+        self._epoll.unregister(fd)
+
+    def add_poller(
+        self,
+        function: Callable[[], bool],
+        *,
+        name: str,
+        before_sleep: Callable[[], bool] | None = None,
+    ) -> Poller:
+        """Call `function` every turn; it returns whether it did work.
+
+        `before_sleep` arms the poller's wake-up and returns whether work came meanwhile, so that
+        no wake-up is lost. A poller without it keeps the loop from sleeping.
+        """
+        poller = Poller(name, function, before_sleep)
+        self._pollers = (*self._pollers, poller)
+        return poller
+
+    def remove_poller(self, poller: Poller) -> None:
+        """Call `poller` no more; legal from inside it."""
+        self._pollers = tuple(other for other in self._pollers if other is not poller)
+
+    def call_later(self, seconds: float, function: Callable[[], object]) -> Timer:
+        """Call `function` once, `seconds` from now."""
+        timer = Timer(self.clock() + int(seconds * 1e9), function)
+        self._timer_order += 1
+        heapq.heappush(self._timers, (timer.deadline_ns, self._timer_order, timer))
+        return timer
+
+    def call_from_thread(self, function: Callable[[], object]) -> None:
+        """Call `function` in the loop, soon; legal from any thread and from a signal handler."""
+        self._calls.append(function)
+        os.eventfd_write(self._wakeup, 1)
+
+    def add_signal(self, number: int, function: Callable[[], object]) -> None:
+        """Call `function` in the loop after signal `number`; main thread only."""
+        signal.signal(number, lambda *_: self.call_from_thread(function))
+
+    def mark_kick(self, channel: Kickable) -> None:
+        """Kick `channel` at the end of this turn."""
+        if not channel.kick_due:
+            channel.kick_due = True
+            self._kicks.append(channel)
+
+    def mark_flush(self, connection: Flushable) -> None:
+        """Flush `connection` at the end of this turn."""
+        if not connection.flush_due:
+            connection.flush_due = True
+            self._flushes.append(connection)
+
+    # --- running ---
+
+    def run(self) -> None:
+        """Turn until `stop`."""
+        self._running = True
+        while self._running:
+            self.turn()
+
+    def stop(self) -> None:
+        """End `run` after this turn."""
+        self._running = False
+
+    def close(self) -> None:
+        """Release the loop's own descriptors."""
+        self._epoll.close()
+        os.close(self._wakeup)
+
+    def turn(self) -> bool:
+        """Do one turn; returns whether there was work."""
+        ready = self._poll(self._wait_seconds())
+        before, clock = self._now, self.clock
+        now = clock()
+        self.idle_ns += now - before
+        busy = False
+        began = now
+        for fd, events in ready:
+            poller = self._handlers.get(fd)
+            if poller is None:  # removed by an earlier handler of this turn
+                continue
+            if self._account(poller, poller.function(events), now):
+                busy = True
+            now = self._now
+        for poller in self._pollers:
+            if self._account(poller, poller.function(), now):
+                busy = True
+            now = self._now
+        if self._timers and self._timers[0][0] <= now:
+            self._run_timers(now)
+            busy = True
+        if self._calls:
+            self._run_calls()
+            busy = True
+        if self._kicks or self._flushes:
+            self._finish_turn()
+            busy = True
+        self._now = now = clock()
+        self.turns += 1
+        if busy:
+            self.busy_ns += now - began
+            self._spin_until = now + self._spin_ns
+        else:
+            self.idle_ns += now - began
+        return busy
+
+    def _account(self, poller: Poller, busy: bool, began: int) -> bool:
+        self._now = now = self.clock()
+        poller.run_count += 1
+        if busy:
+            poller.busy_count += 1
+            poller.busy_ns += now - began
+        return busy
+
+    def _wait_seconds(self) -> float:
+        if self.mode == "poll" or self._calls or self._kicks or self._flushes:
+            return 0
+        now = self._now
+        if self.mode == "adaptive" and now < self._spin_until:
+            return 0
+        for poller in self._pollers:
+            if poller.before_sleep is None or poller.before_sleep():
+                return 0
+        timers = self._timers
+        while timers and timers[0][2].function is None:
+            heapq.heappop(timers)
+        if not timers:
+            return NEVER
+        return max(0, timers[0][0] - now) / 1e9
+
+    def _epoll_wait(self, seconds: float) -> Sequence[tuple[int, int]]:
+        return self._epoll.poll(seconds, EVENTS_PER_TURN)
+
+    def _run_timers(self, now: int) -> None:
+        due = []
+        while self._timers and self._timers[0][0] <= now:
+            due.append(heapq.heappop(self._timers)[2])
+        for timer in due:
+            if timer.function is not None:
+                timer.function()
+
+    def _run_calls(self) -> None:
+        for _ in range(len(self._calls)):
+            self._calls.popleft()()
+
+    def _finish_turn(self) -> None:
+        # Channels first: what a kick completes at once leaves with this turn's replies.
+        kicks, self._kicks = self._kicks, []
+        for channel in kicks:
+            channel.kick_due = False
+            channel.kick()
+        flushes, self._flushes = self._flushes, []
+        for connection in flushes:
+            connection.flush_due = False
+            connection.flush()
+
+    def _drain_wakeup(self, _events: int) -> bool:
+        os.eventfd_read(self._wakeup)
+        return True

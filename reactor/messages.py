@@ -1,0 +1,74 @@
+"""The control messages: maps in msgpack, versioned and validated against one table.
+
+Commands go from the controller to a worker and carry an `id`; the answer carries it back. An event
+that answers no command has id 0. Repeating a command is harmless.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeAlias
+
+import msgpack
+
+from reactor.errors import BusError
+
+VERSION: Final = 1
+MESSAGE_MAX: Final = 1 << 20  # bytes
+
+Message: TypeAlias = dict[str, Any]
+
+_DISK = {"id": int, "disk": str}
+
+#: What the controller says.
+COMMANDS: Final[dict[str, dict[str, type]]] = {
+    "welcome": {},  # the hello was taken
+    "start": {"id": int, "spec": dict},  # open the disk, serve its listeners
+    "stop": {**_DISK, "seconds": float},  # drain for at most so long, then release everything
+    "remove": {**_DISK},  # hot remove: from now on refuse its I/O
+    "resize": {**_DISK, "size": int},
+    "shutdown": {"id": int},  # every disk is stopped; exit
+}
+
+#: What a worker says.
+EVENTS: Final[dict[str, dict[str, type]]] = {
+    "hello": {"core": int, "pid": int, "version": str, "disks": list},  # names of disks it holds
+    # Answers: the disk serves; size and block_size in bytes, flags as in the NBD handshake.
+    "started": {**_DISK, "size": int, "block_size": int, "flags": int},
+    "stopped": {**_DISK},
+    "resized": {**_DISK, "size": int},
+    "failed": {**_DISK, "errno": int, "reason": str},
+    # The backend went away, or was told to: I/O is refused, what was in flight has ended.
+    "removed": {**_DISK, "reason": str},
+    # Kernel connections of a disk; generation is the controller's number of the attachment.
+    "connected": {"disk": str, "generation": int},
+    "disconnected": {"disk": str, "generation": int, "reason": str},
+    # Once a second, also the heartbeat. `reactor` and each of `disks` are maps of counters.
+    "statistics": {"reactor": dict, "disks": dict},
+}
+
+
+def encode(kind: str, **fields: Any) -> bytes:
+    """Return the message as bytes."""
+    packed: bytes = msgpack.packb({"v": VERSION, "type": kind, **fields})
+    return packed
+
+
+def decode(frame: bytes, table: dict[str, dict[str, type]]) -> Message:
+    """Return the message in `frame`; raises BusError when it is none of `table`'s."""
+    if len(frame) > MESSAGE_MAX:
+        raise BusError(f"control message of {len(frame)} bytes, more than {MESSAGE_MAX}")
+    try:
+        message = msgpack.unpackb(frame)
+    except Exception as error:  # msgpack raises half a dozen types, ValueError among them
+        raise BusError(f"control message is not msgpack: {error}") from error
+    if not isinstance(message, dict) or message.get("v") != VERSION:
+        raise BusError(f"control message is not of version {VERSION}")
+    kind = message.get("type")
+    fields = table.get(kind) if isinstance(kind, str) else None
+    if fields is None:
+        raise BusError(f"control message of unknown type {kind!r}")
+    for name, expected in fields.items():
+        value = message.get(name)
+        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+            raise BusError(f"control message {kind}: {name} is missing or not {expected.__name__}")
+    return message

@@ -1,0 +1,94 @@
+"""What a disk should be: the one description that config, RPC, bus and workers share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, Literal, TypeAlias
+
+AttachWay: TypeAlias = Literal["auto", "netlink", "ioctl"]
+KeyKind: TypeAlias = Literal["size", "seconds", "boolean", "integer", "path", "string", "disk"]
+
+NAME_MAX: Final = 128  # characters in a disk's name
+UNIX_PATH_MAX: Final = 107  # bytes in a socket's path (struct sockaddr_un)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of disks.yaml that a backend adds, and what its value must be.
+
+    Values arrive converted: `size` as bytes, `seconds` as float, `disk` as another disk's name.
+    """
+
+    name: str
+    kind: KeyKind
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a disk is served: `unix:PATH`, `tcp:HOST:PORT` or `systemd:NAME`."""
+
+    kind: Literal["unix", "tcp", "systemd"]
+    target: str  # a path, a host or a name
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Parse the text form; raises ValueError that says what is wrong."""
+        kind, colon, target = text.partition(":")
+        if kind == "unix" and target:
+            if len(target.encode()) > UNIX_PATH_MAX:
+                raise ValueError(f"the path is longer than {UNIX_PATH_MAX} bytes")
+            if not target.startswith("/"):
+                raise ValueError("the path must be absolute")
+            return cls("unix", target)
+        if kind == "systemd" and target:
+            return cls("systemd", target)
+        if kind == "tcp" and target:
+            host, colon, port = target.rpartition(":")
+            if colon and host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535:
+                return cls("tcp", host.removeprefix("[").removesuffix("]"), int(port))
+            raise ValueError("expected tcp:HOST:PORT with a port from 1 to 65535")
+        raise ValueError("expected unix:PATH, tcp:HOST:PORT or systemd:NAME")
+
+    def __str__(self) -> str:
+        if self.kind != "tcp":
+            return f"{self.kind}:{self.target}"
+        host = f"[{self.target}]" if ":" in self.target else self.target
+        return f"tcp:{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpec:
+    """A disk as it is asked for. Times in seconds, sizes in bytes."""
+
+    name: str
+    backend: str
+    options: Mapping[str, Any] = field(default_factory=dict)  # the backend's own keys, converted
+    device: str | None = None  # "/dev/nbdN", "auto" or none
+    listen: tuple[Address, ...] = ()
+    core: int | None = None
+    readonly: bool = False
+    block_size: int | None = None
+    connections: int = 1
+    timeout: int | None = None  # None: the attach way's default
+    dead_timeout: int = 600
+    attach: AttachWay = "auto"
+
+    def with_device(self, device: str | None) -> DiskSpec:
+        """Return the same disk on another device."""
+        return replace(self, device=device)
+
+    def to_message(self) -> dict[str, Any]:
+        """Return the plain map that crosses the bus."""
+        plain = asdict(self)
+        plain["listen"] = [str(address) for address in self.listen]
+        plain["options"] = dict(self.options)
+        return plain
+
+    @classmethod
+    def from_message(cls, plain: Mapping[str, Any]) -> DiskSpec:
+        """Rebuild from `to_message`; raises ValueError or TypeError when it is not one."""
+        listen = tuple(Address.parse(text) for text in plain["listen"])
+        return cls(**{**plain, "listen": listen})
