@@ -1,0 +1,105 @@
+"""What holds for every test: reproducible randomness, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import settings
+
+SEED = int(os.environ.get("NBD_REACTOR_SEED") or random.SystemRandom().getrandbits(32))
+SETTLING_SECONDS = 5.0  # what is ending when a test returns may end
+
+# Tests assert no times; a slow machine is no failure.
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_report_header() -> str:
+    """Say what is under test and how to repeat the run."""
+    return f"kernel: {platform.release()}; repeat with NBD_REACTOR_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    random.seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Iterator[None]:
+    before = _held()
+    yield
+    deadline = time.monotonic() + SETTLING_SECONDS
+    while (leaked := _held() - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not leaked, "left behind: " + ", ".join(sorted(leaked))
+
+
+def _held() -> set[str]:
+    return {
+        *_descriptors(),
+        *_threads(),
+        *_children(),
+        *_orphans(),
+        *_shared_memory(),
+        *_devices(),
+    }
+
+
+def _descriptors() -> Iterator[str]:
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            yield f"descriptor {fd.name} of {fd.readlink()}"
+        except FileNotFoundError:  # the one that listed them
+            continue
+
+
+def _threads() -> Iterator[str]:
+    return (f"thread {thread.name}" for thread in threading.enumerate())
+
+
+def _children() -> Iterator[str]:
+    for child in psutil.Process().children(recursive=True):
+        try:
+            yield f"process {child.pid} {' '.join(child.cmdline())}"
+        except psutil.NoSuchProcess:
+            continue
+        except psutil.ZombieProcess:
+            yield f"zombie {child.pid}"
+
+
+def _orphans() -> Iterator[str]:
+    """Name the workers that outlived their controller: they are nobody's children any more."""
+    for process in psutil.process_iter(["ppid", "cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if process.info["ppid"] == 1 and title.startswith("nbd-reactor: worker"):
+            yield f"process {process.pid} {title}"
+
+
+def _shared_memory() -> Iterator[str]:
+    """Name the memory disks that no process holds; another service's are not this test's."""
+    found = {str(path) for path in Path("/dev/shm").glob("nbd-reactor-*")}
+    return iter(found - _mapped() if found else found)
+
+
+def _mapped() -> set[str]:
+    mapped = set()
+    for process in psutil.process_iter():
+        try:
+            mapped.update(region.path for region in process.memory_maps(grouped=False))
+        except psutil.Error:
+            continue
+    return mapped
+
+
+def _devices() -> Iterator[str]:
+    return (f"attached {path.parent}" for path in Path("/sys/block").glob("nbd*/pid"))
