@@ -21,6 +21,7 @@ _DISK = {"id": int, "disk": str}
 
 #: What the controller says.
 COMMANDS: Final[dict[str, dict[str, type]]] = {
+    "identify": {},  # say hello: this controller does not know you
     "welcome": {},  # the hello was taken
     "start": {"id": int, "spec": dict},  # open the disk, serve its listeners
     "stop": {**_DISK, "seconds": float},  # drain for at most so long, then release everything
@@ -39,11 +40,16 @@ EVENTS: Final[dict[str, dict[str, type]]] = {
     "failed": {**_DISK, "errno": int, "reason": str},
     # The backend went away, or was told to: I/O is refused, what was in flight has ended.
     "removed": {**_DISK, "reason": str},
-    # Kernel connections of a disk; generation is the controller's number of the attachment.
-    "connected": {"disk": str, "generation": int},
+    # A kernel connection ended; generation is the controller's number of the attachment.
     "disconnected": {"disk": str, "generation": int, "reason": str},
     # Once a second, also the heartbeat. `reactor` and each of `disks` are maps of counters.
     "statistics": {"reactor": dict, "disks": dict},
+}
+
+#: What comes with descriptors over a worker's datagram socket.
+HANDOVERS: Final[dict[str, dict[str, type]]] = {
+    "connection": {"disk": str, "generation": int},  # one socket whose other end the kernel has
+    "listener": {"name": str},  # a listening socket that systemd made
 }
 
 

@@ -1,0 +1,413 @@
+"""The controller process: brings the disks up on the workers and keeps them so."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Final
+
+from setproctitle import setproctitle
+
+from backends import registry
+from reactor import config
+from reactor.attach.device import adopt, held
+from reactor.bus import ControllerBus
+from reactor.control.blocking import BlockingCall
+from reactor.control.demo import demo_disks
+from reactor.control.disk import DETACH_SECONDS, DiskControl, Host
+from reactor.control.methods import methods
+from reactor.control.notify import handed_sockets, notify
+from reactor.control.plan import place, place_all
+from reactor.control.rpc import RpcServer
+from reactor.control.runtime import RuntimeDir
+from reactor.control.service import DiskStatus, Done, WorkerStatus
+from reactor.control.workers import WorkerProcess
+from reactor.errors import ReactorError, UsageError, reason
+from reactor.log import logger
+from reactor.loop import Reactor
+from reactor.messages import Message
+from reactor.options import Options
+from reactor.spec import DiskSpec
+
+TICK_SECONDS: Final = 1.0
+STOP_SECONDS: Final = 120.0  # an orderly stop; after that it is forced
+FORCE_SECONDS: Final = 15.0
+DISKS_MAX: Final = 4096
+
+log = logger(__name__)
+
+
+def run(options: Options) -> int:
+    """Run the service until it is asked to stop; returns the exit status."""
+    setproctitle("nbd-reactor: controller")
+    specs = _read_config(options)
+    runtime = RuntimeDir(options.runtime_dir)
+    try:
+        runtime.end_leftover_workers()
+        controller = Controller(options, runtime)
+        try:
+            controller.begin(specs)
+            controller.reactor.run()
+        finally:
+            controller.close()
+    finally:
+        runtime.close()
+    return controller.exit_status
+
+
+def _read_config(options: Options) -> tuple[DiskSpec, ...]:
+    if options.demo:
+        return demo_disks(options.runtime_dir)
+    if options.config is None:
+        return ()
+    return config.load(options.config, registry.schemas(), options.cores)
+
+
+class Controller:
+    """The desired disks, the workers, and the loop that brings them together."""
+
+    def __init__(self, options: Options, runtime: RuntimeDir) -> None:
+        self.started_at = time.time()
+        self.exit_status = 0
+        self.reactor = Reactor("interrupt")
+        self._options = options
+        self._runtime = runtime
+        self._disks: dict[str, DiskControl] = {}
+        self._configured: set[str] = set()  # the names that the config gave
+        self._ready = self._stopping = self._forced = False
+        self._handed = handed_sockets()
+        self._host = Host(self.reactor, runtime.instance, self._on_settled)
+        self._bus = ControllerBus(self.reactor, runtime.path / "bus.sock", self._on_event)
+        self._workers = {
+            core: WorkerProcess(
+                self.reactor, self._bus, options, core, runtime.instance, self._on_worker
+            )
+            for core in options.cores
+        }
+        self._rpc = RpcServer(self.reactor, options.rpc_socket, methods(self))
+        self._exporter = self._export_metrics()
+
+    def begin(self, specs: tuple[DiskSpec, ...]) -> None:
+        """Start the workers and bring up `specs`."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.reactor.add_signal(number, self.shut_down)
+        self.reactor.add_signal(signal.SIGHUP, lambda: self.reload(_log_reload))
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        try:
+            cores = place_all(specs, self._options.cores)
+        except OSError as error:
+            raise UsageError(reason(error)) from error
+        for spec in specs:
+            self._add(spec, cores[spec.name])
+            self._configured.add(spec.name)
+        self._detach_unclaimed()
+        for worker in self._workers.values():
+            worker.spawn()
+        self._tick()
+        self._on_settled(None)
+
+    def close(self) -> None:
+        """Release everything; the workers are gone or are killed here."""
+        for worker in self._workers.values():
+            worker.kill("the controller ends")
+        self._rpc.close()
+        if self._exporter is not None:
+            self._exporter.close()
+        self._bus.close()
+        for sock in self._handed.values():
+            sock.close()
+        self.reactor.close()
+
+    # --- Service: what front ends ask ---
+
+    def disks(self) -> list[DiskStatus]:
+        """Return every disk, in the order of their creation."""
+        return [disk.status() for disk in self._disks.values()]
+
+    def disk(self, name: str) -> DiskStatus | None:
+        """Return one disk."""
+        disk = self._disks.get(name)
+        return disk.status() if disk is not None else None
+
+    def workers(self) -> list[WorkerStatus]:
+        """Return every worker, by core."""
+        return [
+            worker.status(
+                tuple(disk.spec.name for disk in self._disks.values() if disk.worker is worker)
+            )
+            for worker in self._workers.values()
+        ]
+
+    def create(self, spec: DiskSpec, done: Done) -> None:
+        """Make a new disk and bring it up."""
+        try:
+            self._check_new(spec)
+            placed = [(disk.spec, disk.worker.core) for disk in self._disks.values()]
+            core = place(spec, placed, self._options.cores)
+        except OSError as error:
+            done(error)
+            return
+        disk = self._add(spec, core)
+
+        def created(error: Exception | None) -> None:
+            if error is not None:  # a disk that never was is not kept as failed
+                disk.want("gone", lambda _: done(error))
+            else:
+                done(None)
+
+        disk.want("online", created)
+
+    def start(self, name: str, done: Done) -> None:
+        """Bring up a disk that is down."""
+        disk = self._named(name, done)
+        if disk is not None:
+            disk.worker.revive()
+            disk.want("online", done)
+
+    def stop(self, name: str, done: Done) -> None:
+        """Drain and stop a disk; it stays known."""
+        disk = self._named(name, done)
+        if disk is not None:
+            disk.want("stopped", done)
+
+    def remove(self, name: str, done: Done) -> None:
+        """Hot-remove a disk and forget it."""
+        disk = self._named(name, done)
+        if disk is not None:
+            disk.want("gone", done, hot=True)
+
+    def resize(self, name: str, size: int, done: Done) -> None:
+        """Change a disk's size and tell the kernel."""
+        disk = self._named(name, done)
+        if disk is not None:
+            disk.resize(size, done)
+
+    def attach(
+        self, name: str, device: str | None, done: Callable[[str | Exception], None]
+    ) -> None:
+        """Attach a disk to a kernel device."""
+        disk = self._disks.get(name)
+        if disk is None:
+            done(OSError(errno.ENODEV, f"there is no disk {name}"))
+        elif device is not None and self._holder(device) is not None:
+            done(OSError(errno.EBUSY, f"{device} is in use by disk {self._holder(device)}"))
+        else:
+            disk.attach(device, done)
+
+    def detach(self, device: str, done: Done) -> None:
+        """Detach a device of ours."""
+        name = self._holder(device)
+        if name is None:
+            done(OSError(errno.ENODEV, f"{device} is not a device of this service"))
+        else:
+            self._disks[name].detach(done)
+
+    def reload(self, done: Done) -> None:
+        """Read the config again and become what it says."""
+        try:
+            specs = _read_config(self._options)
+            wanted = {spec.name: spec for spec in specs}
+            cores = place_all(specs, self._options.cores)
+        except (ReactorError, OSError) as error:
+            done(error)
+            return
+        for name in sorted(self._configured - set(wanted)):
+            if name in self._disks:
+                self._disks[name].want("gone")
+        self._configured = set(wanted)
+        for name, spec in wanted.items():
+            disk = self._disks.get(name)
+            if disk is None:
+                self._add(spec, cores[name]).step()
+            elif disk.spec != spec or disk.desired != "online" or disk.failure is not None:
+                disk.change(spec)
+        done(None)
+
+    def shut_down(self) -> None:
+        """Stop in order; a second time, by force."""
+        if self._stopping:
+            self._force()
+            return
+        log.info("stopping")
+        notify("STOPPING=1")
+        self._stopping = True
+        self.reactor.call_later(STOP_SECONDS, self._force)
+        for disk in list(self._disks.values()):
+            disk.keep_device = self._options.on_exit == "keep"
+            disk.want("gone")
+        self._end_if_stopped()
+
+    # --- what happens ---
+
+    def _on_event(self, identity: bytes, message: Message) -> None:
+        worker = next((w for w in self._workers.values() if w.owns(identity)), None)
+        if worker is None:
+            log.debug("message %s of an ended worker %r", message["type"], identity[:64])
+            return
+        kind = message["type"]
+        if kind == "statistics":
+            worker.heard(kind, message["reactor"])
+            for name, counters in message["disks"].items():
+                disk = self._disks.get(name)
+                if disk is not None and isinstance(counters, dict):
+                    disk.statistics = counters
+            return
+        worker.heard(kind)
+        disk = self._disks.get(message.get("disk", ""))
+        if disk is not None and disk.worker is worker:
+            disk.heard(message)
+
+    def _on_worker(self, worker: WorkerProcess) -> None:
+        if worker.state == "running":
+            self._hand_listeners(worker)
+        for disk in list(self._disks.values()):
+            if disk.worker is worker:
+                if worker.state == "running":
+                    disk.step()
+                else:
+                    disk.worker_lost()
+        self._end_if_stopped()
+
+    def _on_settled(self, disk: DiskControl | None) -> None:
+        if disk is not None and disk.desired == "gone":
+            self._disks.pop(disk.spec.name, None)
+        if self._stopping:
+            self._end_if_stopped()
+        elif not self._ready and all(disk.settled for disk in self._disks.values()):
+            self._report_ready()
+
+    def _report_ready(self) -> None:
+        self._ready = True
+        failed = [disk.spec.name for disk in self._disks.values() if disk.state != "online"]
+        if failed and self._options.strict:
+            _tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")
+            self.exit_status = 1
+            self.shut_down()
+            return
+        online = len(self._disks) - len(failed)
+        line = f"ready: {online} of {len(self._disks)} disks on {len(self._workers)} workers"
+        if failed:
+            line += f"; failed: {', '.join(failed)}"
+        notify(f"READY=1\nSTATUS={line}")
+        _tell(line)
+        if self._options.demo:
+            self._tell_demo()
+
+    def _tell_demo(self) -> None:
+        for disk in self._disks.values():
+            addresses = [str(address) for address in disk.spec.listen]
+            where = " and ".join([disk.path, *addresses] if disk.path else addresses)
+            _tell(f"disk {disk.spec.name}: {where}")
+
+    def _tick(self) -> None:
+        self.reactor.call_later(TICK_SECONDS, self._tick)
+        for worker in self._workers.values():
+            worker.look_after()
+        for disk in list(self._disks.values()):
+            disk.step()
+
+    # --- stopping ---
+
+    def _end_if_stopped(self) -> None:
+        if not self._stopping or self._disks or self._forced:
+            return
+        for worker in self._workers.values():
+            worker.shut_down()
+        if all(worker.pid is None for worker in self._workers.values()):
+            self.reactor.stop()
+
+    def _force(self) -> None:
+        """End the workers first, so that no detach can wait for them; then the devices."""
+        if self._forced:
+            return
+        log.warning("stopping by force")
+        self._forced = True
+        for worker in self._workers.values():
+            worker.shut_down()
+            worker.kill("stopping by force")
+        self.reactor.call_later(FORCE_SECONDS, self.reactor.stop)
+        self._await_forced()
+
+    def _await_forced(self) -> None:
+        if self._disks or any(worker.pid is not None for worker in self._workers.values()):
+            self.reactor.call_later(0.02, self._await_forced)
+        else:
+            self.reactor.stop()
+
+    # --- the parts ---
+
+    def _add(self, spec: DiskSpec, core: int) -> DiskControl:
+        disk = DiskControl(self._host, spec, self._workers[core])
+        self._disks[spec.name] = disk
+        held = adopt(self._host.tag(spec.name)) if spec.device is not None else None
+        if held is not None:
+            disk.adopt(held)
+        return disk
+
+    def _detach_unclaimed(self) -> None:
+        """Free the devices that the kernel holds for disks which this service no longer has."""
+        prefix = self._host.tag("")
+        for tag in held(prefix):
+            name = tag.removeprefix(prefix)
+            device = adopt(tag) if name not in self._disks else None
+            if device is not None:
+                log.warning("%s is detached: there is no disk %s any more", device.path, name)
+                BlockingCall(
+                    self.reactor,
+                    f"detaching {device.path}",
+                    DETACH_SECONDS,
+                    device.detach,
+                    _log_detach,
+                )
+
+    def _check_new(self, spec: DiskSpec) -> None:
+        if self._stopping:
+            raise OSError(errno.ESHUTDOWN, "the service is stopping")
+        if spec.name in self._disks:
+            raise OSError(errno.EEXIST, f"there is a disk {spec.name} already")
+        if len(self._disks) >= DISKS_MAX:
+            raise OSError(errno.ENOSPC, f"there are {DISKS_MAX} disks already")
+        if spec.device not in (None, "auto") and self._holder(spec.device) is not None:
+            raise OSError(
+                errno.EEXIST, f"{spec.device} is in use by disk {self._holder(spec.device)}"
+            )
+
+    def _holder(self, device: str | None) -> str | None:
+        for disk in self._disks.values():
+            if device in (disk.path, disk.spec.device):
+                return disk.spec.name
+        return None
+
+    def _named(self, name: str, done: Done) -> DiskControl | None:
+        disk = self._disks.get(name)
+        if disk is None:
+            done(OSError(errno.ENODEV, f"there is no disk {name}"))
+        return disk
+
+    def _hand_listeners(self, worker: WorkerProcess) -> None:
+        for name, sock in self._handed.items():
+            try:
+                worker.hand_over("listener", [sock.fileno()], name=name)
+            except OSError as error:
+                log.error("socket %s of systemd is not handed over: %s", name, reason(error))
+
+
+def _tell(line: str) -> None:
+    """Tell the operator on standard error, whatever the log level is."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _log_detach(_: None, error: Exception | None) -> None:
+    if error is not None:
+        log.error("%s", reason(error))
+
+
+def _log_reload(error: Exception | None) -> None:
+    if error is None:
+        log.info("config reloaded")
+    else:
+        log.error("config not reloaded, nothing is changed: %s", error)

@@ -1,0 +1,42 @@
+"""Telling systemd how the service is (sd_notify(3))."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from reactor.log import logger
+
+log = logger(__name__)
+
+
+def notify(state: str) -> None:
+    """Send `state` (as READY=1) to the service manager, where there is one."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+            sock.connect(address)
+            sock.send(state.encode())
+    except OSError as error:
+        log.warning("the service manager cannot be told %s: %s", state, error)
+
+
+def handed_sockets() -> dict[str, socket.socket]:
+    """Take the sockets of systemd's socket activation, by name (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    handed: dict[str, socket.socket] = {}
+    for position in range(count):
+        fd = 3 + position  # SD_LISTEN_FDS_START
+        os.set_inheritable(fd, False)
+        name = names[position] if position < len(names) and names[position] else "unknown"
+        handed[name] = socket.socket(fileno=fd)
+    for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(variable, None)  # not meant for the workers
+    return handed

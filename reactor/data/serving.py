@@ -1,0 +1,204 @@
+"""A disk that a worker serves: its channel, its export, its connections."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from backends.emulation import open_channel
+
+from backends import registry
+from backends.api import Disk, Event
+from reactor.data.connection import Connection
+from reactor.log import logger
+from reactor.loop import Reactor, Timer
+from reactor.protocol.export import Export
+from reactor.protocol.wire import (
+    NBD_FLAG_CAN_MULTI_CONN,
+    NBD_FLAG_HAS_FLAGS,
+    NBD_FLAG_READ_ONLY,
+    NBD_FLAG_ROTATIONAL,
+    NBD_FLAG_SEND_CACHE,
+    NBD_FLAG_SEND_FLUSH,
+    NBD_FLAG_SEND_FUA,
+    NBD_FLAG_SEND_TRIM,
+    NBD_FLAG_SEND_WRITE_ZEROES,
+)
+from reactor.spec import DiskSpec
+
+REMOVE_SECONDS: Final = 10.0  # how long a hot remove waits for what is in flight
+CONNECTIONS_MAX: Final = 256  # clients of one disk
+COUNTERS: Final = (
+    "reads",
+    "read_bytes",
+    "writes",
+    "written_bytes",
+    "flushes",
+    "trims",
+    "trimmed_bytes",
+    "zeroes",
+    "errors",
+    "receives",
+    "sends",
+)
+
+log = logger(__name__)
+
+
+def transmission_flags(disk: Disk) -> int:
+    """Return the NBD_FLAG_* that say what `disk` can do."""
+    flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_CACHE
+    if disk.can_multi_conn:
+        flags |= NBD_FLAG_CAN_MULTI_CONN
+    if disk.is_rotational:
+        flags |= NBD_FLAG_ROTATIONAL
+    if disk.can_flush:
+        flags |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA
+    if disk.readonly:
+        return flags | NBD_FLAG_READ_ONLY
+    if disk.can_trim:
+        flags |= NBD_FLAG_SEND_TRIM
+    return flags | NBD_FLAG_SEND_WRITE_ZEROES
+
+
+class ServedDisk:
+    """One open disk with everyone who uses it. Raises OSError when it cannot be opened."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        spec: DiskSpec,
+        instance: str,
+        *,
+        on_removed: Callable[[ServedDisk, str], None],
+        on_disconnected: Callable[[ServedDisk, int, str], None],
+    ) -> None:
+        self.spec = spec
+        self._reactor = reactor
+        self._on_removed = on_removed
+        self._on_disconnected = on_disconnected
+        self._generations: dict[Connection, int] = {}  # 0: a client, else the kernel's
+        self._finished: Counter[str] = Counter()
+        self._removal: str | None = None
+        self._removal_timer: Timer | None = None
+        self._on_stopped: Callable[[], None] | None = None
+        self.disk = registry.backend(spec.backend).create(
+            spec.name,
+            spec.options,
+            instance=instance,
+            reactor=reactor,
+            block_size=spec.block_size,
+            readonly=spec.readonly,
+        )
+        try:
+            self._descriptor = self.disk.open(self._on_event, write=not self.disk.readonly)
+            self._channel = open_channel(self.disk, reactor)
+        except BaseException:
+            self.disk.close()
+            raise
+        self.export = Export(
+            name=spec.name,
+            description=f"{spec.backend} disk",
+            size=self.disk.size,
+            block_size=self.disk.block_size,
+            flags=transmission_flags(self.disk),
+            preferred_block_size=max(4096, self.disk.block_size),
+        )
+
+    def serve(self, sock: socket.socket, generation: int, trailing: bytes = b"") -> None:
+        """Serve the transmission phase on `sock`, a client's (generation 0) or the kernel's."""
+        clients = len(self._generations)
+        if self._on_stopped is not None or (generation == 0 and self._removal is not None):
+            sock.close()
+            return
+        if generation == 0 and clients >= CONNECTIONS_MAX:
+            log.warning("disk %s has %d connections: one more is refused", self.spec.name, clients)
+            sock.close()
+            return
+        connection = Connection(
+            self._reactor, sock, self.export, self._channel, self._closed, trailing=trailing
+        )
+        self._generations[connection] = generation
+        if self._removal is not None:
+            connection.refuse()
+
+    def remove(self, reason: str) -> None:
+        """Hot remove: refuse new I/O, let what is in flight end, then report the removal."""
+        if self._removal is not None or self._on_stopped is not None:
+            return
+        log.warning("disk %s is removed: %s", self.spec.name, reason)
+        self._removal = reason
+        for connection in list(self._generations):
+            connection.refuse()
+        self._await_removal(self._reactor.clock() + int(REMOVE_SECONDS * 1e9))
+
+    def stop(self, seconds: float, on_stopped: Callable[[], None]) -> None:
+        """Drain every connection for at most `seconds`, then release everything."""
+        self._on_stopped = on_stopped
+        if self._removal_timer is not None:
+            self._removal_timer.cancel()
+        for connection in list(self._generations):
+            connection.drain(seconds)
+        self._release_if_unused()
+
+    def resize(self, size: int) -> None:
+        """Change the size of the disk; raises OSError."""
+        if size % self.disk.block_size:
+            message = f"{size} bytes is not a multiple of the block size {self.disk.block_size}"
+            raise OSError(errno.EINVAL, message)
+        if size != self.disk.size:
+            self.disk.resize(size)
+        self.export.size = self.disk.size
+
+    def statistics(self) -> dict[str, int]:
+        """Return the counters since the disk was opened."""
+        total = Counter(self._finished)
+        for connection in self._generations:
+            self._count(connection, total)
+        counters = {name: total[name] for name in COUNTERS}
+        counters["connections"] = len(self._generations)
+        return counters
+
+    def _on_event(self, event: Event, reason: str) -> None:
+        if event is Event.REMOVE:
+            self.remove(reason)
+        else:
+            self.export.size = self.disk.size
+
+    def _await_removal(self, deadline: int) -> None:
+        idle = all(connection.idle for connection in self._generations)
+        if not idle and self._reactor.clock() < deadline:
+            self._removal_timer = self._reactor.call_later(
+                0.01, lambda: self._await_removal(deadline)
+            )
+            return
+        # Clients are told by their end of stream; the kernel's connection is the controller's to
+        # end, and is answered with errors until then.
+        for connection, generation in list(self._generations.items()):
+            if generation == 0:
+                connection.drain(REMOVE_SECONDS)
+        self._on_removed(self, self._removal or "")
+
+    def _closed(self, connection: Connection, reason: str) -> None:
+        generation = self._generations.pop(connection)
+        self._count(connection, self._finished)
+        if generation:
+            self._on_disconnected(self, generation, reason)
+        self._release_if_unused()
+
+    def _release_if_unused(self) -> None:
+        if self._on_stopped is None or self._generations:
+            return
+        self._channel.close()
+        self._descriptor.close()
+        self.disk.close()
+        on_stopped, self._on_stopped = self._on_stopped, lambda: None
+        on_stopped()
+
+    @staticmethod
+    def _count(connection: Connection, total: Counter[str]) -> None:
+        for name in COUNTERS:
+            total[name] += getattr(connection, name)

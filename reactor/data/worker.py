@@ -1,0 +1,341 @@
+"""A worker process: pinned to one core, it serves the disks that the controller gives it."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import faulthandler
+import fcntl
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+from setproctitle import setproctitle
+
+from reactor import __version__
+from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
+from reactor.data.listener import Listener
+from reactor.data.serving import ServedDisk
+from reactor.errors import BusError, ReactorError, reason
+from reactor.log import FORMATS, LEVELS, logger, set_up
+from reactor.loop import MODES, Reactor
+from reactor.messages import HANDOVERS, Message, decode
+from reactor.protocol.export import Export
+from reactor.spec import Address, DiskSpec
+
+HEARTBEAT_SECONDS: Final = 1.0
+HANDOVERS_PER_TURN: Final = 16
+BOOT_FAILURE: Final = 3  # exit status: starting again will not help
+
+log = logger(__name__)
+
+
+class Worker:
+    """The disks of one core and the bus to the controller."""
+
+    def __init__(self, reactor: Reactor, core: int, runtime_dir: Path, instance: str) -> None:
+        self._reactor = reactor
+        self._core = core
+        self._instance = instance
+        self._disks: dict[str, ServedDisk] = {}
+        self._listeners: dict[Address, Listener] = {}
+        self._handed: dict[str, socket.socket] = {}  # systemd's sockets, by name
+        self._welcomed = False
+        self._descriptors = _bind_descriptor_socket(descriptor_socket(runtime_dir, core))
+        reactor.add_fd(self._descriptors.fileno(), self._take_descriptors, name="descriptors")
+        identity = f"worker-{core}-{os.getpid()}".encode()
+        self._bus = WorkerBus(reactor, runtime_dir / "bus.sock", identity, self._on_command)
+        self._heartbeat()
+
+    def close(self) -> None:
+        """Release the sockets; the disks are stopped already."""
+        self._bus.close()
+        self._reactor.remove_fd(self._descriptors.fileno())
+        self._descriptors.close()
+        for sock in self._handed.values():
+            sock.close()
+
+    # --- what the controller says ---
+
+    def _on_command(self, message: Message) -> None:
+        handler = {
+            "identify": self._identify,
+            "welcome": self._welcome,
+            "start": self._start,
+            "stop": self._stop,
+            "remove": self._remove,
+            "resize": self._resize,
+            "shutdown": self._shut_down,
+        }[message["type"]]
+        try:
+            handler(message)
+        except (OSError, ReactorError) as error:
+            self._failed(message, error)
+        except Exception as error:
+            # A backend of another package, or a bug of ours: the command fails, the worker lives.
+            log.exception("command %s failed", message["type"])
+            self._failed(message, error)
+
+    def _failed(self, message: Message, error: Exception) -> None:
+        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        self._bus.send(
+            "failed",
+            id=message.get("id", 0),
+            disk=_disk_name(message),
+            errno=number,
+            reason=reason(error),
+        )
+
+    def _identify(self, _message: Message) -> None:
+        self._welcomed = False
+        self._say_hello()
+
+    def _welcome(self, _message: Message) -> None:
+        self._welcomed = True
+
+    def _start(self, message: Message) -> None:
+        spec = DiskSpec.from_message(message["spec"])
+        served = self._disks.get(spec.name)
+        if served is None:
+            served = ServedDisk(
+                self._reactor,
+                spec,
+                self._instance,
+                on_removed=self._on_removed,
+                on_disconnected=self._on_disconnected,
+            )
+            try:
+                self._listen(served)
+            except BaseException:
+                self._unlisten(served)
+                served.stop(0, lambda: None)
+                raise
+            self._disks[spec.name] = served
+        elif served.spec != spec:
+            raise OSError(errno.EBUSY, f"disk {spec.name} is served with another config")
+        export = served.export
+        self._bus.send(
+            "started",
+            id=message["id"],
+            disk=spec.name,
+            size=export.size,
+            block_size=export.block_size,
+            flags=export.flags,
+        )
+
+    def _stop(self, message: Message) -> None:
+        name = message["disk"]
+        served = self._disks.get(name)
+
+        def stopped() -> None:
+            self._disks.pop(name, None)
+            self._bus.send("stopped", id=message["id"], disk=name)
+
+        if served is None:
+            stopped()
+            return
+        self._unlisten(served)
+        served.stop(message["seconds"], stopped)
+
+    def _remove(self, message: Message) -> None:
+        served = self._served(message)
+        self._unlisten(served)
+        served.remove("hot remove was asked for")
+
+    def _resize(self, message: Message) -> None:
+        served = self._served(message)
+        served.resize(message["size"])
+        self._bus.send("resized", id=message["id"], disk=message["disk"], size=served.export.size)
+
+    def _shut_down(self, _message: Message) -> None:
+        self._reactor.stop()
+
+    def _served(self, message: Message) -> ServedDisk:
+        served = self._disks.get(message["disk"])
+        if served is None:
+            raise OSError(errno.ENODEV, f"this worker has no disk {message['disk']}")
+        return served
+
+    # --- what it says ---
+
+    def _heartbeat(self) -> None:
+        self._reactor.call_later(HEARTBEAT_SECONDS, self._heartbeat)
+        if not self._welcomed:
+            self._say_hello()
+            return
+        reactor = self._reactor
+        self._bus.send(
+            "statistics",
+            reactor={
+                "busy_ns": reactor.busy_ns,
+                "idle_ns": reactor.idle_ns,
+                "turns": reactor.turns,
+            },
+            disks={name: served.statistics() for name, served in self._disks.items()},
+        )
+
+    def _say_hello(self) -> None:
+        self._bus.send(
+            "hello",
+            core=self._core,
+            pid=os.getpid(),
+            version=__version__,
+            disks=list(self._disks),
+        )
+
+    def _on_removed(self, served: ServedDisk, why: str) -> None:
+        self._unlisten(served)
+        self._bus.send("removed", id=0, disk=served.spec.name, reason=why)
+
+    def _on_disconnected(self, served: ServedDisk, generation: int, why: str) -> None:
+        self._bus.send("disconnected", disk=served.spec.name, generation=generation, reason=why)
+
+    # --- listeners ---
+
+    def _listen(self, served: ServedDisk) -> None:
+        for address in served.spec.listen:
+            listener = self._listeners.get(address)
+            if listener is None:
+                listener = Listener(
+                    self._reactor, address, self._on_client, sock=self._handed_socket(address)
+                )
+                self._listeners[address] = listener
+            listener.exports[served.spec.name] = served.export
+
+    def _unlisten(self, served: ServedDisk) -> None:
+        for address in served.spec.listen:
+            listener = self._listeners.get(address)
+            if listener is None:
+                continue
+            listener.exports.pop(served.spec.name, None)
+            if not listener.exports:
+                listener.close()
+                del self._listeners[address]
+
+    def _on_client(self, sock: socket.socket, export: Export, trailing: bytes) -> None:
+        served = self._disks.get(export.name)
+        if served is None:
+            sock.close()
+            return
+        served.serve(sock, 0, trailing)
+
+    def _handed_socket(self, address: Address) -> socket.socket | None:
+        if address.kind != "systemd":
+            return None
+        self._take_descriptors(0)  # the controller sent it before it asked for the disk
+        sock = self._handed.get(address.target)
+        if sock is None:
+            raise OSError(errno.ENOENT, f"systemd handed over no socket called {address.target}")
+        return sock.dup()
+
+    # --- descriptors from the controller ---
+
+    def _take_descriptors(self, _events: int) -> bool:
+        for _ in range(HANDOVERS_PER_TURN):
+            try:
+                header, fds, flags, _ = socket.recv_fds(self._descriptors, RECEIVE_BYTES, 16)
+            except BlockingIOError:
+                return True
+            except OSError as error:
+                log.error("taking descriptors: %s", reason(error))
+                return True
+            socks = [socket.socket(fileno=fd) for fd in fds]
+            try:
+                if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                    raise BusError("a handover was cut short")
+                self._take(decode(header, HANDOVERS), socks)
+            except (BusError, OSError, ValueError) as error:
+                log.warning("handover refused: %s", reason(error))
+                for sock in socks:
+                    sock.close()
+        return True
+
+    def _take(self, message: Message, socks: list[socket.socket]) -> None:
+        if message["type"] == "listener":
+            (sock,) = socks
+            old = self._handed.pop(message["name"], None)
+            if old is not None:
+                old.close()
+            self._handed[message["name"]] = sock
+            return
+        served = self._served(message)
+        for sock in socks:
+            sock.setblocking(False)
+            served.serve(sock, message["generation"])
+
+
+def _disk_name(message: Message) -> str:
+    spec = message.get("spec")
+    name = spec.get("name") if isinstance(spec, dict) else message.get("disk")
+    return name if isinstance(name, str) else ""
+
+
+def _bind_descriptor_socket(path: Path) -> socket.socket:
+    # The path may be left from a worker that was killed; the core's lock is ours, so it is stale.
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(os.fspath(path))
+    finally:
+        os.umask(mask)
+    return sock
+
+
+def _lock_core(runtime_dir: Path, core: int) -> int:
+    """Take the core's lock for this process's life; the next controller reads our pid there."""
+    fd = os.open(runtime_dir / f"worker-{core}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="nbd-reactor worker", allow_abbrev=False)
+    parser.add_argument("--core", type=int, required=True)
+    parser.add_argument("--runtime-dir", type=Path, required=True)
+    parser.add_argument("--instance", required=True)
+    parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--log-format", choices=FORMATS, required=True)
+    parser.add_argument("--log-level", choices=LEVELS, required=True)
+    return parser.parse_args()
+
+
+def _stop_when_orphaned(reactor: Reactor, controller: int) -> None:
+    # systemd signals the whole control group: while the controller lives, stopping is its affair.
+    if os.getppid() != controller:
+        reactor.stop()
+
+
+def main() -> int:
+    """Run a worker until the controller says `shutdown`."""
+    arguments = _arguments()
+    name = f"worker core {arguments.core}"
+    set_up(name, arguments.log_format, arguments.log_level)
+    faulthandler.enable()
+    setproctitle(f"nbd-reactor: {name}")
+    controller = os.getppid()
+    try:
+        os.sched_setaffinity(0, {arguments.core})  # before ZeroMQ makes its thread
+        lock = _lock_core(arguments.runtime_dir, arguments.core)
+        reactor = Reactor(arguments.mode)
+        worker = Worker(reactor, arguments.core, arguments.runtime_dir, arguments.instance)
+    except (OSError, ReactorError) as error:
+        log.critical("cannot start: %s", reason(error))
+        return BOOT_FAILURE
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the controller
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    reactor.add_signal(signal.SIGTERM, lambda: _stop_when_orphaned(reactor, controller))
+    reactor.run()
+    worker.close()
+    reactor.close()
+    os.close(lock)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Runs the real `nbd-reactor` for a test and watches what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+START_SECONDS = 60
+STOP_SECONDS = 60
+
+
+class RunningService:
+    """One service on its own runtime directory; `ready` is awaited."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: str | None = None,
+        *arguments: str,
+        cores: str = "0",
+        await_ready: bool = True,
+        runtime_dir: Path | None = None,
+    ) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        self.runtime_dir = runtime_dir or folder / "run"
+        self.rpc_socket = self.runtime_dir / "rpc.sock"
+        self.log_path = folder / "log"
+        self.config_path = folder / "disks.yaml"
+        command = [sys.executable, "-m", "reactor", "--runtime-dir", str(self.runtime_dir)]
+        command += ["--cores", cores, *arguments]
+        if config is not None:
+            self.config_path.write_text(config)
+            command += ["--config", str(self.config_path)]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        if await_ready:
+            self.await_line("ready:")
+
+    @property
+    def log(self) -> str:
+        """Everything written so far."""
+        return self.log_path.read_text()
+
+    def await_line(self, part: str, seconds: float = START_SECONDS) -> str:
+        """Wait for a line that contains `part`; returns it."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for line in self.log.splitlines():
+                if part in line:
+                    return line
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"no line with {part!r} in:\n{self.log}")
+
+    def rpc(self, method: str, **params: Any) -> Any:
+        """Call a JSON-RPC method; returns the result or raises AssertionError with the error."""
+        answer = self.rpc_raw(method, **params)
+        assert "error" not in answer, answer["error"]
+        return answer["result"]
+
+    def rpc_raw(self, method: str, **params: Any) -> dict[str, Any]:
+        """Call a JSON-RPC method; returns the whole answer."""
+        request: dict[str, Any] = {"jsonrpc": "2.0", "id": 1, "method": method}
+        if params:
+            request["params"] = params
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(START_SECONDS)
+            sock.connect(str(self.rpc_socket))
+            sock.sendall(json.dumps(request).encode())
+            text = b""
+            while not text.endswith(b"\n"):
+                part = sock.recv(65536)
+                assert part, f"the service closed the connection: {text!r}"
+                text += part
+        answer: dict[str, Any] = json.loads(text)
+        return answer
+
+    def workers(self) -> dict[int, psutil.Process]:
+        """The living workers by core."""
+        return {
+            worker["core"]: psutil.Process(worker["pid"])
+            for worker in self.rpc("reactor_get_workers")
+            if worker["pid"]
+        }
+
+    def await_state(self, name: str, state: str, seconds: float = START_SECONDS) -> dict[str, Any]:
+        """Wait until disk `name` is in `state`; returns what reactor_get_disks says of it."""
+        deadline = time.monotonic() + seconds
+        while True:
+            disk: dict[str, Any] = self.rpc("reactor_get_disks", name=name)[0]
+            if disk["state"] == state:
+                return disk
+            assert time.monotonic() < deadline, f"{disk}\n{self.log}"
+            time.sleep(0.02)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stop it, check that nothing is left, and return the exit status."""
+        if self.process.poll() is None:
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.send_signal(number)
+            self.process.wait(STOP_SECONDS)
+            left = [child for child in children if child.is_running()]
+            assert not left, f"processes left: {left}\n{self.log}"
+        status = self.process.returncode
+        instance = self.runtime_dir / "instance"
+        if instance.exists():
+            prefix = f"nbd-reactor-{instance.read_text().strip()}-"
+            kept = [path.name for path in Path("/dev/shm").glob(f"{prefix}*")]
+            assert not kept, f"shared memory left: {kept}"
+        return status
