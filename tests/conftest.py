@@ -92,7 +92,7 @@ def _shared_memory() -> Iterator[str]:
 
 
 def _mapped() -> set[str]:
-    mapped = set()
+    mapped: set[str] = set()
     for process in psutil.process_iter():
         try:
             mapped.update(region.path for region in process.memory_maps(grouped=False))
