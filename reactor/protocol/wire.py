@@ -30,6 +30,7 @@ NBD_OPT_STRUCTURED_REPLY: Final = 8
 NBD_REP_ACK: Final = 1
 NBD_REP_SERVER: Final = 2
 NBD_REP_INFO: Final = 3
+NBD_REP_FLAG_ERROR: Final = 1 << 31
 NBD_REP_ERR_UNSUP: Final = 0x80000001
 NBD_REP_ERR_POLICY: Final = 0x80000002
 NBD_REP_ERR_INVALID: Final = 0x80000003
@@ -46,9 +47,12 @@ NBD_INFO_BLOCK_SIZE: Final = 3
 NBD_MAX_STRING: Final = 4096  # bytes of UTF-8 in a name or description
 
 SERVER_GREETING: Final = Struct(">QQH")  # NBDMAGIC, IHAVEOPT, handshake flags
+CLIENT_FLAGS: Final = Struct(">I")
 OPTION_HEADER: Final = Struct(">QII")  # IHAVEOPT, option, data length
 OPTION_REPLY: Final = Struct(">QIII")  # reply magic, option, reply type, data length
 EXPORT_NAME_REPLY: Final = Struct(">QH")  # size, transmission flags (then 124 zeroes)
+STRING_LENGTH: Final = Struct(">I")
+INFO_TYPE: Final = Struct(">H")
 INFO_EXPORT: Final = Struct(">HQH")  # NBD_INFO_EXPORT, size, transmission flags
 INFO_BLOCK_SIZE: Final = Struct(">HIII")  # NBD_INFO_BLOCK_SIZE, minimum, preferred, maximum payload
 
