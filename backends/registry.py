@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 
 import backends
 from backends.api import Backend
+from reactor.config import BackendSchema
 from reactor.errors import ReactorError
 
 ENTRY_POINT_GROUP = "nbd_reactor.backends"
@@ -38,6 +40,30 @@ def backend(name: str) -> type[Backend]:
             return loaded
     if name not in names():
         raise ReactorError(f"no backend is called {name!r}; there are {', '.join(names())}")
-    module = importlib.import_module(f"backends.{name}")
+    try:
+        module = importlib.import_module(f"backends.{name}")
+    except ImportError as error:  # a package that only this backend needs
+        raise ReactorError(f"backend {name} cannot be loaded: {error}") from error
     found: type[Backend] = module.BACKEND
     return found
+
+
+class _Schemas(Mapping[str, BackendSchema]):
+    """The backends as a config sees them; each is loaded when it is first asked for."""
+
+    def __getitem__(self, name: str) -> BackendSchema:
+        if name not in names():
+            raise KeyError(name)
+        found = backend(name)
+        return BackendSchema(found.keys, found.disk.can_multi_conn, found.check)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(names())
+
+    def __len__(self) -> int:
+        return len(names())
+
+
+def schemas() -> Mapping[str, BackendSchema]:
+    """Return what configs must know of every backend; a look-up may raise ReactorError."""
+    return _Schemas()

@@ -6,6 +6,10 @@ Every message is one complete line for the operator: what failed, where, and wha
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from typing import Final
+
+QUOTED_MAX: Final = 80  # characters of foreign text in a message
 
 
 class ReactorError(Exception):
@@ -14,6 +18,14 @@ class ReactorError(Exception):
 
 class UsageError(ReactorError):
     """Wrong usage or config (exit status 2)."""
+
+
+class ConfigError(UsageError):
+    """A config that cannot be used; `problems` are complete lines, in the order of the file."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
 
 
 class ProtocolError(Exception):
@@ -41,3 +53,10 @@ def reason(error: BaseException) -> str:
             text = error.strerror
         return f"{error.filename}: {text}" if error.filename else text
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def quoted(text: str) -> str:
+    """Return foreign text in quotes, fit for a line of a message: escaped, and cut if long."""
+    if len(text) > QUOTED_MAX:
+        text = text[:QUOTED_MAX] + "…"
+    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) + '"'

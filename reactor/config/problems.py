@@ -1,0 +1,53 @@
+"""What is wrong with a config: collected, placed and told in one go."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Final
+
+from reactor.errors import ConfigError, quoted
+
+#: Nobody reads more, and suggestions for every line of a hostile file would take minutes.
+PROBLEMS_MAX: Final = 100
+
+
+class Problems:
+    """The problems found so far in `file` (None: the disk does not come from a file)."""
+
+    def __init__(self, file: str | None = None) -> None:
+        self._file = file
+        self._found: dict[tuple[int, str], None] = {}  # a set that keeps its order
+
+    def add(self, line: int, place: str, problem: str) -> None:
+        """Note a problem; the same one is told once. Raises ConfigError when they are too many."""
+        self._found[line, f"{place}: {problem}" if place else problem] = None
+        if len(self._found) == PROBLEMS_MAX:
+            raise self.error(f"only the first {PROBLEMS_MAX} problems are shown")
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def error(self, last: str | None = None) -> ConfigError:
+        """Return all problems as an exception, ordered by line; `last` is a line to end with."""
+        ordered = sorted(self._found, key=lambda found: found[0])
+        if self._file is None:
+            lines = [text for _, text in ordered]
+        else:
+            lines = [f"{self._file}:{line}: {text}" for line, text in ordered]
+        return ConfigError([*lines, last] if last else lines)
+
+
+def unknown(kind: str, word: str, valid: Iterable[str]) -> str:
+    """Return the problem that `word` is no `kind`, with the nearest valid one or all of them."""
+    choices = list(valid)
+    near = difflib.get_close_matches(word[:128], choices, n=1)
+    hint = f"did you mean {quoted(near[0])}?" if near else _choice_of(choices)
+    return f"unknown {kind} {quoted(word)}; {hint}"
+
+
+def _choice_of(words: list[str]) -> str:
+    shown = ", ".join(words[:20])
+    return f"there {'is' if len(words) == 1 else 'are'} {shown or 'none'}" + (
+        ", …" if len(words) > 20 else ""
+    )
