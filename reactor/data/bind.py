@@ -40,14 +40,14 @@ def listen(address: Address) -> ListeningSocket:
     owner may connect. One that nobody listens on any more is replaced.
     """
     try:
+        if "\0" in address.target:  # the kernel would take the path to end there
+            raise OSError(errno.EINVAL, "it contains a NUL character")
         if address.kind == "unix":
             return _listen_unix(address.target)
         return _listen_tcp(address)
     except OSError as error:
         text = f"cannot listen on {address}: {error.strerror}"
         raise OSError(error.errno, text) from error
-    except ValueError as error:  # a NUL in a path or host
-        raise OSError(errno.EINVAL, f"cannot listen on {address!r}: {error}") from error
 
 
 def adopt(sock: socket.socket, address: Address) -> ListeningSocket:
@@ -118,7 +118,7 @@ def _listen_tcp(address: Address) -> ListeningSocket:
             host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
         )
     except (OSError, UnicodeError) as error:
-        text = f"{address.target} is not an IP address of this host nor localhost"
+        text = f"{address.target} is neither an IP address nor localhost"
         raise OSError(errno.EINVAL, text) from error
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
