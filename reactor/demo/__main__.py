@@ -6,10 +6,8 @@ The runtime directory is this run's own, so no other service's disk can be writt
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,8 +19,8 @@ from typing import Any, Final
 from reactor.demo.disks import DeviceDisk, Disk, SocketDisk
 from reactor.demo.exercise import AREA_BYTES, exercise
 from reactor.errors import ProtocolError, ReactorError, reason
+from reactor.rpc_client import RpcClient
 
-REPLY_SECONDS: Final = 30.0
 READY_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 60.0
 
@@ -72,7 +70,7 @@ def online_disks(service: subprocess.Popen[bytes], rpc: Path) -> list[dict[str, 
     while time.monotonic() < deadline:
         if service.poll() is not None:
             raise ReactorError(f"the service ended with status {service.returncode}")
-        disks = call(rpc, "reactor_get_disks") if rpc.exists() else []
+        disks = known_disks(rpc)
         for disk in disks:
             if disk["state"] == "failed":
                 raise ReactorError(f"disk {disk['name']}: {disk['reason']}")
@@ -82,30 +80,15 @@ def online_disks(service: subprocess.Popen[bytes], rpc: Path) -> list[dict[str, 
     raise ReactorError(f"the disks were not up after {READY_SECONDS:.0f} s")
 
 
-def call(rpc: Path, method: str) -> list[dict[str, Any]]:
-    """Call a JSON-RPC method of the service that returns a list."""
-    request = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method})
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(REPLY_SECONDS)
-        try:
-            sock.connect(str(rpc))
-        except ConnectionRefusedError:  # bound, not listening yet
-            return []
-        sock.sendall(request.encode())
-        text = b""
-        while True:
-            part = sock.recv(65536)
-            text += part
-            try:
-                answer = json.loads(text)
-            except ValueError:
-                if not part:
-                    raise ReactorError("the service closed its RPC socket") from None
-                continue
-            if "error" in answer:
-                raise ReactorError(f"{method}: {answer['error']['message']}")
-            result: list[dict[str, Any]] = answer["result"]
-            return result
+def known_disks(rpc: Path) -> list[dict[str, Any]]:
+    """Return what the service says of its disks; nothing while it does not listen yet."""
+    try:
+        client = RpcClient(rpc, READY_SECONDS)
+    except ReactorError:
+        return []
+    with client:
+        disks: list[dict[str, Any]] = client.call("reactor_get_disks")
+        return disks
 
 
 def stop(service: subprocess.Popen[bytes]) -> int:
