@@ -10,7 +10,9 @@ from typing import Final, TypeAlias
 
 from reactor.spec import Address
 
-BACKLOG: Final = 128  # clients that the kernel keeps waiting for accept
+# Clients that the kernel keeps waiting for accept, at most net.core.somaxconn; when it is full,
+# connect says EAGAIN to a unix client that does not block.
+BACKLOG: Final = 1024
 _FAMILIES: Final = {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6}
 
 Identity: TypeAlias = tuple[int, int]  # a file's device and inode

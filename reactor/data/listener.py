@@ -17,10 +17,6 @@ from reactor.spec import Address
 NEGOTIATIONS_MAX: Final = 128  # clients in their handshake; more wait in the kernel's backlog
 ACCEPTS_PER_TURN: Final = 16
 ACCEPT_RETRY_SECONDS: Final = 1.0
-# A large reply then leaves in few pieces: unix sockets start with 208 KiB and do not grow by
-# themselves as TCP's do.
-UNIX_SEND_BUFFER: Final = 4 << 20
-_SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h; beyond net.core.wmem_max, for CAP_NET_ADMIN
 
 log = logger(__name__)
 
@@ -106,7 +102,6 @@ class Listener:
             return
         log.debug("%s opens %s", negotiation.name, export.name)
         try:
-            _enlarge_send_buffer(negotiation.sock)
             self._on_client(negotiation.sock, export, negotiation.trailing)
         except OSError as error:
             log.warning("%s cannot be served: %s", negotiation.name, reason(error))
@@ -120,12 +115,3 @@ class Listener:
         if self._paused:
             self._paused = False
             self._reactor.modify_fd(self._fd, READABLE)
-
-
-def _enlarge_send_buffer(sock: socket.socket) -> None:
-    if sock.family != socket.AF_UNIX:
-        return
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, UNIX_SEND_BUFFER)
-    except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)

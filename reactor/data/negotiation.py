@@ -73,9 +73,14 @@ class Negotiation:
         try:
             step()
         except ProtocolError as error:
-            self._drop(f"broke the NBD protocol: {error}")
+            self._drop(f"is dropped: {error}")
         except OSError as error:
-            self._drop(f"was lost in the handshake: {reason(error)}")
+            if self._handshake.finished:  # after ABORT a client need not wait for its ACK
+                self._let_go()
+            elif isinstance(error, BrokenPipeError):
+                self._drop("disconnected in the handshake")
+            else:
+                self._drop(f"was lost in the handshake: {reason(error)}")
 
     def _receive(self) -> None:
         try:
@@ -99,15 +104,18 @@ class Negotiation:
         if self._unsent:
             return
         if self._handshake.finished:
-            log.debug("%s left without an export", self.name)
-            self.close()
-            self._on_over(self)
+            self._let_go()
         elif self._handshake.export is not None:
             self._leave_reactor()
             self._on_over(self)
 
     def _expire(self) -> None:
         self._drop(f"did not finish the handshake in {HANDSHAKE_SECONDS:.0f} s")
+
+    def _let_go(self) -> None:
+        log.debug("%s left without an export", self.name)
+        self.close()
+        self._on_over(self)
 
     def _drop(self, why: str) -> None:
         log.info("%s %s", self.name, why)

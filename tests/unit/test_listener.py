@@ -194,6 +194,19 @@ def test_a_client_that_aborts_is_let_go_without_a_line(
     assert not caplog.records
 
 
+def test_a_client_that_aborts_and_does_not_wait_is_let_go_without_a_line(
+    world: World, unix: Address, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    world.listen(unix)
+    client = world.greet(unix)
+    client.sendall(FIXED_NO_ZEROES + option(2))
+    client.close()
+    world.until(lambda: caplog.records)
+    (record,) = caplog.records
+    assert record.levelno == logging.DEBUG
+
+
 def one_line(caplog: pytest.LogCaptureFixture) -> str:
     (record,) = caplog.records
     assert record.levelno == logging.INFO
@@ -209,7 +222,7 @@ def one_line(caplog: pytest.LogCaptureFixture) -> str:
         (FIXED_NO_ZEROES + option(1, b"a\nb"), r"no export is called 'a\nb'"),
     ],
 )
-def test_a_client_that_breaks_the_protocol_is_dropped_with_one_line(
+def test_a_client_that_sends_what_no_server_takes_is_dropped_with_one_line(
     world: World, unix: Address, caplog: pytest.LogCaptureFixture, garbage: bytes, said: str
 ) -> None:
     world.listen(unix)
@@ -217,7 +230,7 @@ def test_a_client_that_breaks_the_protocol_is_dropped_with_one_line(
     client.sendall(garbage)
     assert world.ended(client)
     who = f"{unix}: client pid {os.getpid()} of user {os.getuid()}"
-    assert one_line(caplog) == f"{who} broke the NBD protocol: {said}"
+    assert one_line(caplog) == f"{who} is dropped: {said}"
 
 
 def test_a_client_that_disconnects_is_one_line(
@@ -229,6 +242,15 @@ def test_a_client_that_disconnects_is_one_line(
     client.close()
     world.until(lambda: caplog.records)
     assert one_line(caplog) == (f"{tcp}: client 127.0.0.1:{port} disconnected in the handshake")
+
+
+def test_a_client_that_is_gone_before_it_is_greeted_is_one_line(
+    world: World, unix: Address, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.listen(unix)
+    world.connect(unix).close()
+    world.until(lambda: caplog.records)
+    assert one_line(caplog).endswith("disconnected in the handshake")
 
 
 def test_a_client_that_resets_its_connection_is_one_line(
