@@ -201,3 +201,8 @@ def test_every_command_of_the_readme_is_run_somewhere() -> None:
     assert others
     assert not [line for line in others if line not in ci]
     assert commands(run=True)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_examples_have_no_problems(path: Path) -> None:
+    run(sys.executable, "-m", "reactor", "--check", "--config", str(path))
