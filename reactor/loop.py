@@ -4,6 +4,10 @@ A turn is: ready descriptors, pollers, timers, calls from other threads, then on
 and one flush per connection. Handlers only append; nothing is sent before the end of the turn.
 The work of a turn is bounded: at most `EVENTS_PER_TURN` descriptors, and only what was due when
 the turn began.
+
+An exception that a handler lets through is a bug. It is logged with its traceback and the loop
+goes on, for the sake of the other disks; a handler that fails `FAILURES_MAX` times in a row is
+called no more, or it would fail for ever.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
+
+from reactor.log import logger
 
 Mode: TypeAlias = Literal["adaptive", "poll", "interrupt"]
 MODES: Final[tuple[Mode, ...]] = ("adaptive", "poll", "interrupt")
@@ -23,10 +29,13 @@ MODES: Final[tuple[Mode, ...]] = ("adaptive", "poll", "interrupt")
 EVENTS_PER_TURN: Final = 64
 SPIN_NS: Final = 50_000  # how long `adaptive` looks again before it sleeps
 NEVER: Final = -1.0
+FAILURES_MAX: Final = 10
 
 READABLE: Final = select.EPOLLIN
 WRITABLE: Final = select.EPOLLOUT
 HANGUP: Final = select.EPOLLHUP | select.EPOLLERR
+
+log = logger(__name__)
 
 #: Waits at most so many seconds (`NEVER`: for ever) and returns (descriptor, events) pairs.
 PollFunction: TypeAlias = Callable[[float], Sequence[tuple[int, int]]]
@@ -53,7 +62,15 @@ class Flushable(Protocol):
 class Poller:
     """A function that the loop calls, with its account. Times in ns, since the loop began."""
 
-    __slots__ = ("before_sleep", "busy_count", "busy_ns", "function", "name", "run_count")
+    __slots__ = (
+        "before_sleep",
+        "busy_count",
+        "busy_ns",
+        "failures",
+        "function",
+        "name",
+        "run_count",
+    )
 
     def __init__(
         self,
@@ -67,6 +84,7 @@ class Poller:
         self.run_count = 0
         self.busy_count = 0
         self.busy_ns = 0
+        self.failures = 0  # in a row
 
 
 class Timer:
@@ -103,6 +121,8 @@ class Reactor:
         self._epoll = select.epoll()
         self._poll: PollFunction = poll or self._epoll_wait
         self._handlers: dict[int, Poller] = {}
+        self._removed: set[int] = set()  # descriptors removed in this turn
+        self._signals: dict[int, Any] = {}  # the handlers that ours replaced
         self._pollers: tuple[Poller, ...] = ()
         self._timers: list[tuple[int, int, Timer]] = []
         self._timer_order = 0
@@ -115,8 +135,18 @@ class Reactor:
         self._spin_until = 0
         self._now = clock()
         self._running = False
+        # The accounts of what the loop calls by itself.
+        self._timers_account = Poller("timers", self._run_timers)
+        self._calls_account = Poller("calls", self._run_calls)
+        self._finish_account = Poller("kicks and flushes", self._finish_turn)
 
     # --- registration ---
+
+    @property
+    def pollers(self) -> tuple[Poller, ...]:
+        """Everything that the loop calls, with its accounts."""
+        own = (self._timers_account, self._calls_account, self._finish_account)
+        return (*self._handlers.values(), *self._pollers, *own)
 
     def add_fd(
         self, fd: int, handler: Callable[[int], bool], *, name: str, events: int = READABLE
@@ -133,6 +163,8 @@ class Reactor:
     def remove_fd(self, fd: int) -> None:
         """Forget `fd`, before it is closed; an event already waiting for it is dropped."""
         del self._handlers[fd]
+        # The number may be given to another file within this turn.
+        self._removed.add(fd)
         self._epoll.unregister(fd)
 
     def add_poller(
@@ -165,11 +197,13 @@ class Reactor:
     def call_from_thread(self, function: Callable[[], object]) -> None:
         """Call `function` in the loop, soon; legal from any thread and from a signal handler."""
         self._calls.append(function)
-        os.eventfd_write(self._wakeup, 1)
+        if self._wakeup >= 0:
+            os.eventfd_write(self._wakeup, 1)
 
     def add_signal(self, number: int, function: Callable[[], object]) -> None:
         """Call `function` in the loop after signal `number`; main thread only."""
-        signal.signal(number, lambda *_: self.call_from_thread(function))
+        previous = signal.signal(number, lambda *_: self.call_from_thread(function))
+        self._signals.setdefault(number, previous)
 
     def mark_kick(self, channel: Kickable) -> None:
         """Kick `channel` at the end of this turn."""
@@ -196,53 +230,67 @@ class Reactor:
         self._running = False
 
     def close(self) -> None:
-        """Release the loop's own descriptors."""
+        """Release the loop's own descriptors and signals."""
+        for number, previous in self._signals.items():
+            signal.signal(number, previous)
+        self._signals.clear()
         self._epoll.close()
-        os.close(self._wakeup)
+        wakeup, self._wakeup = self._wakeup, -1
+        os.close(wakeup)
 
     def turn(self) -> bool:
         """Do one turn; returns whether there was work."""
         ready = self._poll(self._wait_seconds())
-        before, clock = self._now, self.clock
-        now = clock()
-        self.idle_ns += now - before
-        busy = False
-        began = now
-        for fd, events in ready:
-            poller = self._handlers.get(fd)
-            if poller is None:  # removed by an earlier handler of this turn
-                continue
-            if self._account(poller, poller.function(events), now):
-                busy = True
-            now = self._now
+        before, self._now = self._now, self.clock()
+        began = self._now
+        self.idle_ns += began - before
+        busy = self._call_ready(ready)
         for poller in self._pollers:
-            if self._account(poller, poller.function(), now):
-                busy = True
-            now = self._now
-        if self._timers and self._timers[0][0] <= now:
-            self._run_timers(now)
-            busy = True
+            busy |= self._call(poller)
+            if poller.failures >= FAILURES_MAX:
+                self.remove_poller(poller)
+        if self._timers and self._timers[0][0] <= self._now:
+            busy |= self._call(self._timers_account)
         if self._calls:
-            self._run_calls()
-            busy = True
+            busy |= self._call(self._calls_account)
         if self._kicks or self._flushes:
-            self._finish_turn()
-            busy = True
-        self._now = now = clock()
+            busy |= self._call(self._finish_account)
         self.turns += 1
         if busy:
-            self.busy_ns += now - began
-            self._spin_until = now + self._spin_ns
+            self.busy_ns += self._now - began
+            self._spin_until = self._now + self._spin_ns
         else:
-            self.idle_ns += now - began
+            self.idle_ns += self._now - began
         return busy
 
-    def _account(self, poller: Poller, busy: bool, began: int) -> bool:
-        self._now = now = self.clock()
+    def _call_ready(self, ready: Sequence[tuple[int, int]]) -> bool:
+        busy = False
+        self._removed.clear()
+        for fd, events in ready:
+            poller = self._handlers.get(fd)
+            # An earlier handler of this turn may have removed it, and even added another.
+            if poller is not None and fd not in self._removed:
+                busy |= self._call(poller, events)
+                if poller.failures >= FAILURES_MAX and self._handlers.get(fd) is poller:
+                    self.remove_fd(fd)
+        return busy
+
+    def _call(self, poller: Poller, *arguments: int) -> bool:
+        """Call `poller` and enter it in its account; returns whether it did work."""
+        began = self._now
+        try:
+            busy = poller.function(*arguments)
+            poller.failures = 0
+        except Exception:
+            busy = True
+            poller.failures += 1
+            more = "called again" if poller.failures < FAILURES_MAX else "called no more"
+            log.exception("a bug in %s, which is %s", poller.name, more)
+        self._now = self.clock()
         poller.run_count += 1
         if busy:
             poller.busy_count += 1
-            poller.busy_ns += now - began
+            poller.busy_ns += self._now - began
         return busy
 
     def _wait_seconds(self) -> float:
@@ -264,28 +312,41 @@ class Reactor:
     def _epoll_wait(self, seconds: float) -> Sequence[tuple[int, int]]:
         return self._epoll.poll(seconds, EVENTS_PER_TURN)
 
-    def _run_timers(self, now: int) -> None:
-        due = []
+    def _run_timers(self) -> bool:
+        due, now = [], self._now
         while self._timers and self._timers[0][0] <= now:
             due.append(heapq.heappop(self._timers)[2])
+        busy = False
         for timer in due:
-            if timer.function is not None:
-                timer.function()
+            function, timer.function = timer.function, None
+            if function is not None:
+                busy = True
+                self._guard(function)
+        return busy
 
-    def _run_calls(self) -> None:
+    def _run_calls(self) -> bool:
         for _ in range(len(self._calls)):
-            self._calls.popleft()()
+            self._guard(self._calls.popleft())
+        return True
 
-    def _finish_turn(self) -> None:
+    def _finish_turn(self) -> bool:
         # Channels first: what a kick completes at once leaves with this turn's replies.
         kicks, self._kicks = self._kicks, []
         for channel in kicks:
             channel.kick_due = False
-            channel.kick()
+            self._guard(channel.kick)
         flushes, self._flushes = self._flushes, []
         for connection in flushes:
             connection.flush_due = False
-            connection.flush()
+            self._guard(connection.flush)
+        return True
+
+    def _guard(self, function: Callable[[], object]) -> None:
+        """Call `function` once; its bug must not keep the others from their turn."""
+        try:
+            function()
+        except Exception:
+            log.exception("a bug in %s", getattr(function, "__qualname__", function))
 
     def _drain_wakeup(self, _events: int) -> bool:
         os.eventfd_read(self._wakeup)

@@ -1,0 +1,364 @@
+"""A disk in named shared memory: it outlives its worker, and the next one finds its data there.
+
+The file is `/dev/shm/nbd-reactor-INSTANCE-NAME`: a header page, then the disk. Touching a page of
+the mapping that has no memory yet kills the process (SIGBUS) when /dev/shm is full. So chunks that
+may have such holes are known: they are read with `pread`, and backed before they are written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import stat
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from struct import Struct
+from typing import Final
+from urllib.parse import quote
+
+from backends.api import COMMAND, DONE, FLAGS, Backend, Buffer, Channel, Disk, Owner, Request
+from reactor.log import logger
+from reactor.loop import Reactor
+from reactor.protocol.wire import (
+    NBD_CMD_FLAG_NO_HOLE,
+    NBD_CMD_READ,
+    NBD_CMD_TRIM,
+    NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES,
+)
+from reactor.spec import Key
+
+DIRECTORY: Final = Path("/dev/shm")
+BLOCK_SIZE: Final = 512
+SIZE_MAX: Final = 1 << 46  # bytes; half of what a process can map on x86-64
+PAGE: Final = mmap.PAGESIZE
+CHUNK_SHIFT: Final = 20
+CHUNK: Final = 1 << CHUNK_SHIFT  # bytes; what is backed, or known to have holes, as a whole
+STEP: Final = 32 << 20  # bytes zeroed or trimmed in one turn: a few milliseconds
+HEADER: Final = Struct("<8sIQ32s")  # magic, version, size of the disk, digest of whose it is
+MAGIC: Final = b"nbdshmem"
+VERSION: Final = 1
+MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python does not name it
+
+log = logger(__name__)
+
+
+def shared_memory(name: str, instance: str) -> Path:
+    """Return the path of a disk's memory."""
+    return DIRECTORY / f"nbd-reactor-{quote(instance, safe='')}-{quote(name, safe='')}"
+
+
+class SharedMemory:
+    """The memory of one disk, made or found. Raises OSError with a clear text.
+
+    `holes` has a byte per chunk: 0 when every page of the chunk is known to have memory.
+    """
+
+    def __init__(self, path: Path, identity: bytes, size: int) -> None:
+        self._path = path
+        self._digest = hashlib.sha256(identity).digest()
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        made = False
+        try:
+            self._claim()
+            made = self._is_new(size)
+            if made:
+                self._make(size)
+            self._map(size)
+            self.holes = bytearray(_chunks(size))
+            self._find_holes()
+        except BaseException:
+            if made:
+                path.unlink(missing_ok=True)
+            os.close(self._fd)
+            raise
+
+    def close(self) -> None:
+        """Let go; the memory itself stays. Views that were given out keep their mapping alive."""
+        self.data = memoryview(b"")
+        del self._mapping
+        os.close(self._fd)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read where holes may be; a mapped read would fill them with memory."""
+        return os.pread(self._fd, length, PAGE + offset)
+
+    def is_backed(self, begin: int, end: int) -> bool:
+        """Return whether `begin..end` has no holes."""
+        return self.holes.find(1, begin >> CHUNK_SHIFT, _chunks(end)) < 0
+
+    def back(self, begin: int, end: int) -> None:
+        """Give memory to every chunk in `begin..end`; raises OSError ENOSPC when there is none."""
+        if self.is_backed(begin, end):
+            return
+        first, last = begin >> CHUNK_SHIFT, _chunks(end)
+        start = PAGE + first * CHUNK
+        length = PAGE + min(last * CHUNK, len(self.data)) - start
+        os.posix_fallocate(self._fd, start, length)
+        # One call instead of a fault per page; without it (an older kernel) the faults come.
+        with suppress(OSError):
+            self._mapping.madvise(MADV_POPULATE_WRITE, start, length)
+        self.holes[first:last] = bytes(last - first)
+
+    def trim(self, begin: int, end: int) -> None:
+        """Give back the memory of the whole pages in `begin..end`; they read as zeroes."""
+        begin, end = -(-begin // PAGE) * PAGE, end // PAGE * PAGE
+        if begin >= end:
+            return
+        first, last = begin >> CHUNK_SHIFT, min(_chunks(end), len(self.holes))
+        if first < last:
+            self.holes[first:last] = b"\1" * (last - first)
+        self._mapping.madvise(mmap.MADV_REMOVE, PAGE + begin, end - begin)
+
+    def zero(self, begin: int, end: int) -> None:
+        """Make `begin..end` zeroes, giving back the memory of whole pages."""
+        first_page, last_page = -(-begin // PAGE) * PAGE, end // PAGE * PAGE
+        if first_page > last_page:  # within one page
+            os.pwrite(self._fd, bytes(end - begin), PAGE + begin)
+            return
+        self.trim(begin, end)
+        if begin < first_page:
+            os.pwrite(self._fd, bytes(first_page - begin), PAGE + begin)
+        if last_page < end:
+            os.pwrite(self._fd, bytes(end - last_page), PAGE + last_page)
+
+    def fill(self, begin: int, end: int) -> None:
+        """Write zeroes to `begin..end`, keeping or taking the memory for them."""
+        self.back(begin, end)
+        self.data[begin:end] = bytes(end - begin)
+
+    def resize(self, size: int) -> None:
+        """Change the size of the disk; what a growing disk gains reads as zeroes.
+
+        The file never shrinks: views of its end may still be on their way to a client, and
+        touching what a truncation took away is a SIGBUS.
+        """
+        old = len(self.data)
+        room = os.fstat(self._fd).st_size - PAGE
+        if size < old:
+            self._write_header(size)
+        self.zero(min(size, old), room)
+        if size > room:
+            os.ftruncate(self._fd, PAGE + size)
+        if size > old:
+            self._write_header(size)
+        self._map(size)
+        kept = min(size, old) >> CHUNK_SHIFT
+        self.holes[kept:] = b"\1" * (_chunks(size) - kept)
+
+    def _claim(self) -> None:
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise OSError(errno.EPERM, f"{self._path} is not ours: it exists and is another user's")
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"{self._path} is in use by another process"
+            raise OSError(errno.EBUSY, message) from None
+
+    def _is_new(self, size: int) -> bool:
+        """Return whether the file has no disk yet; raises OSError when it has another one."""
+        header = os.pread(self._fd, HEADER.size, 0)
+        if not any(header):  # its maker died before it wrote the header, so before any data
+            return True
+        problem = ""
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            problem = "is not a memory disk"
+        else:
+            _, version, found, digest = HEADER.unpack(header)
+            if version != VERSION:
+                problem = f"is of version {version}, not {VERSION}"
+            elif digest != self._digest:
+                problem = "belongs to another disk"
+            elif found != size:
+                problem = f"holds a disk of {found} bytes, not {size}"
+            elif os.fstat(self._fd).st_size < PAGE + size:
+                problem = "is cut short"
+        if problem:
+            message = f"{self._path} {problem}; remove it if its data may go"
+            raise OSError(errno.EEXIST, message)
+        return False
+
+    def _make(self, size: int) -> None:
+        status = os.statvfs(self._fd)
+        if size > status.f_bavail * status.f_frsize:
+            log.warning("%s: the disk is larger than the free memory there", self._path)
+        os.ftruncate(self._fd, PAGE + size)
+        self._write_header(size)
+
+    def _write_header(self, size: int) -> None:
+        os.pwrite(self._fd, HEADER.pack(MAGIC, VERSION, size, self._digest), 0)
+
+    def _map(self, size: int) -> None:
+        # The old mapping, if any, lives as long as a view of it.
+        self._mapping = mmap.mmap(self._fd, os.fstat(self._fd).st_size)
+        self.data = memoryview(self._mapping)[PAGE : PAGE + size]
+
+    def _find_holes(self) -> None:
+        position, end = PAGE, PAGE + len(self.data)
+        while (hole := os.lseek(self._fd, position, os.SEEK_HOLE)) < end:
+            try:
+                data = min(os.lseek(self._fd, hole, os.SEEK_DATA), end)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                data = end  # no more data
+            first, last = (hole - PAGE) >> CHUNK_SHIFT, _chunks(data - PAGE)
+            self.holes[first:last] = b"\1" * (last - first)
+            position = PAGE + last * CHUNK  # one hole says all about its chunk
+            if position >= end:
+                break
+
+
+class MallocChannel(Channel):
+    """Answers at once, but for long trims and zeroes: those go on turn by turn."""
+
+    def __init__(self, disk: MallocDisk, reactor: Reactor) -> None:
+        super().__init__(disk)
+        self.kick_due = False
+        self._memory = disk.memory
+        self._reactor = reactor
+        self._long: deque[tuple[Request, Owner, int]] = deque()  # ... and where to go on
+
+    def submit(self, request: Request, owner: Owner) -> Buffer | None:
+        command, _flags, _cookie, offset, length, payload = request
+        end = offset + length
+        memory = self._memory
+        if command <= NBD_CMD_WRITE:
+            holes = memory.holes
+            # A short request touches two chunks at most: to look at both is the fast way.
+            backed = not (
+                length > CHUNK or holes[offset >> CHUNK_SHIFT] or holes[(end - 1) >> CHUNK_SHIFT]
+            )
+            if command == NBD_CMD_READ:
+                if backed or memory.is_backed(offset, end):
+                    return memory.data[offset:end]
+                return memory.read(offset, length)
+            if not backed:
+                memory.back(offset, end)
+            assert payload is not None
+            memory.data[offset:end] = payload
+        elif command in {NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES}:
+            if length > STEP:
+                self._go_on_with(request, owner, offset)
+                return None
+            self._clear(request, offset, end)
+        return DONE
+
+    def kick(self) -> None:
+        """Do one step of the first long request, and queue it behind the others."""
+        request, owner, begin = self._long.popleft()
+        _command, _flags, _cookie, offset, length, _payload = request
+        end = min(begin + STEP, offset + length)
+        try:
+            self._clear(request, begin, end)
+        except OSError as error:
+            owner.complete(request, error.errno or errno.EIO, DONE)
+        else:
+            if end == offset + length:
+                owner.complete(request, 0, DONE)
+            else:
+                self._go_on_with(request, owner, end)
+        if self._long:
+            self._reactor.mark_kick(self)
+
+    def _go_on_with(self, request: Request, owner: Owner, position: int) -> None:
+        self._long.append((request, owner, position))
+        self._reactor.mark_kick(self)
+
+    def _clear(self, request: Request, begin: int, end: int) -> None:
+        end = min(end, len(self._memory.data))  # the disk may have shrunk between the steps
+        if begin >= end:
+            return
+        if request[COMMAND] == NBD_CMD_TRIM:
+            self._memory.trim(begin, end)
+        elif request[FLAGS] & NBD_CMD_FLAG_NO_HOLE:
+            self._memory.fill(begin, end)
+        else:
+            self._memory.zero(begin, end)
+
+
+class MallocDisk(Disk):
+    """A memory disk. Memory needs no flush, and every channel sees the same."""
+
+    can_multi_conn = True
+    can_trim = True
+    can_write_zeroes = True
+    can_fua = True
+
+    def __init__(
+        self, name: str, size: int, block_size: int, *, readonly: bool, memory: SharedMemory
+    ) -> None:
+        super().__init__(name, size, block_size, readonly=readonly)
+        self.memory = memory
+
+    def channel(self, reactor: Reactor) -> Channel:
+        return MallocChannel(self, reactor)
+
+    def resize(self, size: int) -> None:
+        _check_size(size, self.block_size)
+        self.memory.resize(size)
+        self.size = size
+
+    def close(self) -> None:
+        self.memory.close()
+
+
+class MallocBackend(Backend):
+    """Makes memory disks."""
+
+    name = "malloc"
+    product_name = "Malloc disk"
+    keys = (Key("size", "size", required=True),)
+    disk = MallocDisk
+
+    @classmethod
+    def check(cls, options: Mapping[str, object], block_size: int | None) -> list[tuple[str, str]]:
+        size = options["size"]
+        assert isinstance(size, int)
+        if size > SIZE_MAX:
+            return [("size", f"{size} is more than a memory disk can have, {SIZE_MAX} bytes")]
+        return []
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        options: Mapping[str, object],
+        *,
+        instance: str,
+        reactor: Reactor,
+        block_size: int | None,
+        readonly: bool,
+    ) -> Disk:
+        size = options["size"]
+        assert isinstance(size, int)
+        block_size = block_size or BLOCK_SIZE
+        _check_size(size, block_size)
+        memory = SharedMemory(shared_memory(name, instance), f"{instance}\0{name}".encode(), size)
+        return MallocDisk(name, size, block_size, readonly=readonly, memory=memory)
+
+    @classmethod
+    def discard(cls, name: str, instance: str) -> None:
+        shared_memory(name, instance).unlink(missing_ok=True)
+
+
+def _chunks(end: int) -> int:
+    """Return the number of chunks in `0..end`."""
+    return (end + CHUNK - 1) >> CHUNK_SHIFT
+
+
+def _check_size(size: int, block_size: int) -> None:
+    if size <= 0 or size % block_size:
+        message = f"{size} bytes is not a positive multiple of the block size {block_size}"
+        raise OSError(errno.EINVAL, message)
+    if size > SIZE_MAX:
+        raise OSError(errno.EFBIG, f"{size} bytes is more than {SIZE_MAX}")
+
+
+BACKEND = MallocBackend

@@ -1,0 +1,410 @@
+"""The pump of one socket in the transmission phase, a client's or the kernel's.
+
+Per turn of the loop: one receive that may bring many requests, each submitted to the channel, and
+one gathered send of all replies. What was received and may not be submitted yet waits in the
+backlog; while there is one nothing is received, so that the views of its payloads stay valid.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from backends.api import COMMAND, LENGTH, OFFSET, Buffer, Busy, Channel, Releasable, Request
+from reactor.data.outgoing import Outgoing
+from reactor.errors import reason
+from reactor.log import logger
+from reactor.loop import HANGUP, READABLE, WRITABLE, Reactor, Timer
+from reactor.protocol.export import Export
+from reactor.protocol.transmission import COMMAND_NAMES, Receiver, validate
+from reactor.protocol.wire import (
+    MAX_PAYLOAD,
+    NBD_CMD_DISC,
+    NBD_CMD_FLUSH,
+    NBD_CMD_READ,
+    NBD_CMD_TRIM,
+    NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES,
+    NBD_SIMPLE_REPLY_MAGIC,
+    SIMPLE_REPLY,
+    nbd_error,
+)
+
+# Above these the socket is not read; below half of both it is read again. A batch that was begun
+# may pass them: by REQUESTS_MAX requests, and by one request's bytes.
+QUEUE_MAX: Final = 1024  # requests in flight plus buffers to be sent
+BYTES_MAX: Final = 32 << 20  # bytes to be sent, and those of reads and writes in flight
+DISCONNECT_SECONDS: Final = 10.0  # what is in flight when the peer ends may take so long
+FAILURES_LOGGED: Final = 10  # per connection; all are counted
+REPLY_BYTES: Final = SIMPLE_REPLY.size
+
+log = logger(__name__)
+
+
+class _ShortRead(Exception):
+    """A backend's bug: it returned fewer or more bytes than the client asked for."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(f"the backend returned {length} bytes")
+
+
+class Connection:
+    """Serves `export` on `sock` through `channel` until the peer ends, or we do.
+
+    `on_closed(connection, reason)` is called once, from the loop, when the socket is closed and
+    nothing is in flight in the channel any more. `trailing` is what came behind the handshake.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        sock: socket.socket,
+        export: Export,
+        channel: Channel,
+        on_closed: Callable[[Connection, str], None],
+        *,
+        trailing: bytes = b"",
+    ) -> None:
+        self.reads = self.read_bytes = self.writes = self.written_bytes = 0
+        self.flushes = self.trims = self.trimmed_bytes = self.zeroes = 0
+        self.errors = 0  # requests refused or failed
+        self.bugs = 0  # of those, failed by an exception that no backend may raise
+        self.receives = self.sends = 0  # system calls
+        self.flush_due = False
+        self._reactor = reactor
+        self._sock = sock
+        self._export = export
+        self._channel = channel
+        self._on_closed = on_closed
+        self._receiver = Receiver(export)
+        self._backlog: list[Request] = []
+        self._in_flight = 0
+        self._in_flight_bytes = 0
+        self._outgoing = Outgoing()
+        self._blocked = False  # the socket took no more; EPOLLOUT will come
+        self._paused = False  # nothing is received until the backlog is gone
+        self._busy = False  # the channel refused; it will call resume
+        self._refusing = False
+        self._ending: str | None = None  # why; nothing is received any more
+        self._closed: str | None = None
+        self._deadline: Timer | None = None
+        self._failures_logged = 0
+        sock.setblocking(False)
+        self._events = READABLE
+        reactor.add_fd(sock.fileno(), self._on_ready, name=f"connection to {export.name}")
+        if trailing:
+            self._take_trailing(trailing)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight and nothing waits to be submitted or sent."""
+        waiting = self._in_flight or self._outgoing.waiting or self._backlog or self._receiver.more
+        return not waiting
+
+    # --- ending ---
+
+    def drain(self, seconds: float) -> None:
+        """Receive no more, finish and answer what was received, then close.
+
+        After `seconds` the connection is closed by force.
+        """
+        self._end("drained", seconds)
+
+    def refuse(self) -> None:
+        """Answer every request with ESHUTDOWN from now on; what is in flight finishes."""
+        self._refusing = True
+        self._busy = False  # what waits for room is refused too
+        self._reactor.mark_flush(self)
+
+    def close(self, why: str) -> None:
+        """Close the socket now; what is in flight in the channel finishes unanswered."""
+        if self._closed is not None:
+            return
+        self._closed = why
+        log.info("disk %s: connection closed: %s", self._export.name, why)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._reactor.remove_fd(self._sock.fileno())
+        self._sock.close()
+        self._reactor.mark_flush(self)
+
+    def _end(self, why: str, seconds: float) -> None:
+        if self._closed is not None:
+            return
+        self._ending = self._ending or why
+        if self._deadline is not None:
+            self._deadline.cancel()
+        late = f"{self._ending}, but not finished in {seconds:g} s"
+        self._deadline = self._reactor.call_later(seconds, partial(self.close, late))
+        self._reactor.mark_flush(self)
+
+    def _release(self) -> None:
+        """Let go of what a closed connection holds; say so when the channel has finished too."""
+        self._outgoing.clear()
+        self._backlog.clear()
+        if not self._in_flight and self._closed is not None:
+            on_closed, self._on_closed = self._on_closed, _nothing
+            on_closed(self, self._closed)
+
+    # --- receiving ---
+
+    def _on_ready(self, events: int) -> bool:
+        try:
+            if events & WRITABLE:
+                self._blocked = False
+                self._reactor.mark_flush(self)
+            if events & READABLE and not (self._paused or self._ending):
+                self._receive()
+            elif events & HANGUP:
+                self.close("the peer is gone")
+        except Exception:
+            log.exception("disk %s: a bug in its connection", self._export.name)
+            self.close("internal error")
+        return True
+
+    def _receive(self) -> None:
+        receiver = self._receiver
+        try:
+            received = self._sock.recv_into(receiver.recv_space())
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.close(f"receiving failed: {reason(error)}")
+            return
+        self.receives += 1
+        if received:
+            self._submit(receiver.received(received))
+        elif receiver.within_request:
+            self._end("the peer closed it in the middle of a request", DISCONNECT_SECONDS)
+        else:
+            self._end("the peer closed it", DISCONNECT_SECONDS)
+
+    def _take_trailing(self, trailing: bytes) -> None:
+        self._receiver.recv_space()[: len(trailing)] = trailing
+        self._backlog = self._receiver.received(len(trailing))
+        self._paused = True
+        self._reactor.mark_flush(self)
+
+    # --- submitting ---
+
+    def _submit(self, requests: list[Request]) -> None:
+        """Submit in order, until the bytes reach their maximum or the channel is busy."""
+        export, outgoing, buffers = self._export, self._outgoing, self._outgoing.buffers
+        submit, append, pack = self._channel.submit, buffers.append, SIMPLE_REPLY.pack
+        before = len(buffers)
+        # Validated here rather than in a call per request: the plain request needs no more, and
+        # every other goes to _admit. After refuse() no request is plain.
+        size = -1 if self._refusing else export.size
+        unaligned = export.block_size - 1
+        last_plain = NBD_CMD_READ if export.readonly else NBD_CMD_WRITE
+        room = BYTES_MAX - self._in_flight_bytes - outgoing.waiting
+        reads = read_bytes = writes = written_bytes = 0
+        rest = iter(requests)
+        for request in rest:
+            command, flags, cookie, offset, length, _ = request
+            if (
+                flags
+                or command > last_plain
+                or not 0 < length <= MAX_PAYLOAD
+                or (offset | length) & unaligned
+                or offset + length > size
+            ) and not self._admit(request):
+                continue
+            try:
+                data = submit(request, self)
+                if data is None:
+                    room -= self._hold(command, length)
+                elif command == NBD_CMD_READ:
+                    if len(data) != length:
+                        raise _ShortRead(len(data))
+                    append(pack(NBD_SIMPLE_REPLY_MAGIC, 0, cookie))
+                    append(data)
+                    reads += 1
+                    read_bytes += length
+                else:
+                    append(pack(NBD_SIMPLE_REPLY_MAGIC, 0, cookie))
+                    if command == NBD_CMD_WRITE:
+                        writes += 1
+                        written_bytes += length
+                    else:
+                        self._count(command, length)
+            except Busy:
+                self._busy = True
+                self._backlog = [request, *rest]
+            except Exception as error:  # noqa: BLE001 - one disk's bug must not stop the others
+                self._answer(cookie, self._failed(request, error))
+            if read_bytes >= room:
+                self._backlog += rest
+        self.reads += reads
+        self.read_bytes += read_bytes
+        self.writes += writes
+        self.written_bytes += written_bytes
+        outgoing.waiting += (len(buffers) - before - reads) * REPLY_BYTES + read_bytes
+        self._submitted()
+
+    def _submitted(self) -> None:
+        """Decide, after a batch, whether to receive on."""
+        if self._backlog or self._receiver.more or self._load() > 1:
+            self._paused = True
+        if self._receiver.error is not None and self._ending is None:
+            self._end(str(self._receiver.error), DISCONNECT_SECONDS)
+        self._reactor.mark_flush(self)
+
+    def _hold(self, command: int, length: int) -> int:
+        """Count a request that is pending now; returns the bytes that it counts for."""
+        self._in_flight += 1
+        if command > NBD_CMD_WRITE:
+            return 0
+        self._in_flight_bytes += length
+        return length
+
+    def _admit(self, request: Request) -> bool:
+        """Judge a request that is not plain; False when it is answered already."""
+        command, _flags, cookie, _offset, length, _payload = request
+        if command == NBD_CMD_DISC:
+            self._end("the client disconnected", DISCONNECT_SECONDS)
+            return False
+        error = errno.ESHUTDOWN if self._refusing else validate(request, self._export)
+        if error or (length == 0 and command != NBD_CMD_FLUSH):
+            self._answer(cookie, error)
+            return False
+        return True
+
+    def _answer(self, cookie: int, error: int) -> None:
+        """Append a reply without data. The caller adds it to the bytes to be sent."""
+        if error:
+            self.errors += 1
+            error = nbd_error(error)
+        self._outgoing.buffers.append(SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, cookie))
+
+    def _count(self, command: int, length: int) -> None:
+        if command == NBD_CMD_READ:
+            self.reads += 1
+            self.read_bytes += length
+        elif command == NBD_CMD_WRITE:
+            self.writes += 1
+            self.written_bytes += length
+        elif command == NBD_CMD_FLUSH:
+            self.flushes += 1
+        elif command == NBD_CMD_TRIM:
+            self.trims += 1
+            self.trimmed_bytes += length
+        elif command == NBD_CMD_WRITE_ZEROES:
+            self.zeroes += 1
+
+    def _failed(self, request: Request, error: Exception) -> int:
+        """Log what the client will only see as a number; returns the errno."""
+        bug = not isinstance(error, OSError)
+        self.bugs += bug
+        number = error.errno or errno.EIO if isinstance(error, OSError) else errno.EIO
+        if self._failures_logged < FAILURES_LOGGED:
+            self._failures_logged += 1
+            log.error(
+                "disk %s: %s of %d bytes at %d failed: %s",
+                self._export.name,
+                COMMAND_NAMES[request[COMMAND]],
+                request[LENGTH],
+                request[OFFSET],
+                reason(error),
+                exc_info=error if bug else None,
+            )
+        return number
+
+    # --- completions ---
+
+    def complete(
+        self, request: Request, error: int, data: Buffer, lent: Releasable | None = None
+    ) -> None:
+        """Take the result of a pending request, as `backends.api.Owner` says."""
+        command, _flags, cookie, _offset, length, _payload = request
+        self._in_flight -= 1
+        if command <= NBD_CMD_WRITE:
+            self._in_flight_bytes -= length
+        assert self._in_flight >= 0
+        assert self._in_flight_bytes >= 0
+        self._reactor.mark_flush(self)
+        if self._closed is not None:
+            if lent is not None:
+                lent.release()
+            return
+        if error:
+            error = self._failed(request, OSError(error, os.strerror(error)))
+        elif command == NBD_CMD_READ and len(data) != length:
+            error = self._failed(request, _ShortRead(len(data)))
+        outgoing = self._outgoing
+        self._answer(cookie, error)
+        outgoing.waiting += REPLY_BYTES
+        if not error:
+            self._count(command, length)
+            if command == NBD_CMD_READ:
+                outgoing.buffers.append(data)
+                outgoing.waiting += length
+        if lent is not None:
+            outgoing.lend(lent)
+
+    def resume(self) -> None:
+        """Submit again what the channel had no room for."""
+        if self._busy:
+            self._busy = False
+            self._go_on()
+
+    def _load(self) -> float:
+        """Return how full the bounds are: 1 is the maximum."""
+        queued = self._in_flight + len(self._outgoing.buffers)
+        moved = self._in_flight_bytes + self._outgoing.waiting
+        return max(queued / QUEUE_MAX, moved / BYTES_MAX)
+
+    def _go_on(self) -> None:
+        """Submit more of what was received; when all is, receive again, or end."""
+        if self._closed is not None:
+            return
+        if not self._busy and self._load() <= 0.5:
+            if self._backlog or self._receiver.more:
+                requests = self._backlog or self._receiver.received(0)
+                self._backlog = []
+                self._submit(requests)
+            else:
+                self._paused = False
+        if self._ending is not None and self.idle:
+            self.close(self._ending)
+            return
+        wanted = WRITABLE if self._blocked else 0
+        if not (self._paused or self._ending):
+            wanted |= READABLE
+        if wanted != self._events:
+            self._events = wanted
+            self._reactor.modify_fd(self._sock.fileno(), wanted)
+
+    # --- sending ---
+
+    def flush(self) -> None:
+        """Send what the turn has appended, with one system call."""
+        try:
+            if self._closed is None:
+                if self._outgoing.waiting and not self._blocked:
+                    self._send()
+                if self._blocked or self._paused or self._ending or self._events != READABLE:
+                    self._go_on()
+        except Exception:
+            log.exception("disk %s: a bug in its connection", self._export.name)
+            self.close("internal error")
+        if self._closed is not None:
+            self._release()
+
+    def _send(self) -> None:
+        try:
+            self._blocked = not self._outgoing.send(self._sock)
+        except OSError as error:
+            self.close(f"sending failed: {reason(error)}")
+            return
+        self.sends += 1
+        if self._outgoing.waiting and not self._blocked:
+            self._reactor.mark_flush(self)  # all that one call takes went; the rest next turn
+
+
+def _nothing(_connection: Connection, _reason: str) -> None:
+    """Stand in for `on_closed` once it was called."""

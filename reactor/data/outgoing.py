@@ -1,0 +1,66 @@
+"""What waits to be sent on a socket: buffers by reference, gathered into one call."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from typing import Final
+
+from backends.api import Buffer, Releasable
+
+BUFFERS_PER_SEND: Final = 1024  # IOV_MAX; the kernel refuses more
+
+
+class Outgoing:
+    """A queue of non-empty buffers. Whoever appends to `buffers` adds their bytes to `waiting`."""
+
+    __slots__ = ("_lent", "_sent", "buffers", "waiting")
+
+    def __init__(self) -> None:
+        self.buffers: list[Buffer] = []
+        self.waiting = 0  # bytes in `buffers`
+        self._sent = 0  # bytes since the beginning; with `waiting` a place in the stream
+        self._lent: deque[tuple[int, Releasable]] = deque()
+
+    def lend(self, lent: Releasable) -> None:
+        """Release `lent` once everything appended so far has left."""
+        self._lent.append((self._sent + self.waiting, lent))
+
+    def send(self, sock: socket.socket) -> bool:
+        """Send once, as much as one call takes; False when the socket took less. Raises OSError."""
+        buffers = self.buffers
+        try:
+            sent = sock.sendmsg(
+                buffers if len(buffers) <= BUFFERS_PER_SEND else buffers[:BUFFERS_PER_SEND]
+            )
+        except BlockingIOError:
+            return False
+        self._sent += sent
+        self.waiting -= sent
+        accepted = True
+        if self.waiting:
+            accepted = self._drop(sent)
+        else:
+            buffers.clear()
+        while self._lent and self._lent[0][0] <= self._sent:
+            self._lent.popleft()[1].release()
+        return accepted
+
+    def clear(self) -> None:
+        """Drop everything and release what was lent."""
+        self.buffers.clear()
+        self.waiting = 0
+        while self._lent:
+            self._lent.popleft()[1].release()
+
+    def _drop(self, sent: int) -> bool:
+        """Drop `sent` bytes from the front; returns whether that is all that one call takes."""
+        buffers = self.buffers
+        whole = 0
+        while sent >= len(buffers[whole]):
+            sent -= len(buffers[whole])
+            whole += 1
+        del buffers[:whole]
+        if sent:
+            buffers[0] = memoryview(buffers[0])[sent:]
+        return whole == BUFFERS_PER_SEND

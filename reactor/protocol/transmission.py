@@ -1,0 +1,245 @@
+"""The transmission phase without I/O: bytes to requests, and which of them to refuse."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from typing import Final, TypeAlias
+
+from reactor.errors import ProtocolError
+from reactor.protocol.export import Export
+from reactor.protocol.wire import (
+    MAX_PAYLOAD,
+    NBD_CMD_CACHE,
+    NBD_CMD_DISC,
+    NBD_CMD_FLAG_FAST_ZERO,
+    NBD_CMD_FLAG_FUA,
+    NBD_CMD_FLAG_NO_HOLE,
+    NBD_CMD_FLUSH,
+    NBD_CMD_READ,
+    NBD_CMD_TRIM,
+    NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES,
+    NBD_FLAG_SEND_CACHE,
+    NBD_FLAG_SEND_FAST_ZERO,
+    NBD_FLAG_SEND_FLUSH,
+    NBD_FLAG_SEND_FUA,
+    NBD_FLAG_SEND_TRIM,
+    NBD_FLAG_SEND_WRITE_ZEROES,
+    NBD_REQUEST_MAGIC,
+    REQUEST,
+)
+
+#: (command, command flags, cookie, offset, length, payload), the same as the backends' Request.
+Request: TypeAlias = tuple[int, int, int, int, int, memoryview | None]
+
+CAPACITY: Final = 2 << 20  # bytes of the buffer that requests are received into
+IN_PLACE_MAX: Final = CAPACITY // 2  # bytes; a larger payload is received elsewhere
+SPACE_MIN: Final = 256 << 10  # bytes offered to a receive, so that it may bring a batch
+REQUESTS_MAX: Final = 1024  # requests in one batch
+HEADER_BYTES: Final = REQUEST.size
+
+#: A command with this bit is refused with the errno in the other bits; its payload is gone.
+#: The wire has 16 bits for the command, so no client can send it.
+REFUSED: Final = 1 << 16
+
+COMMAND_NAMES: Final = {
+    NBD_CMD_READ: "read",
+    NBD_CMD_WRITE: "write",
+    NBD_CMD_FLUSH: "flush",
+    NBD_CMD_TRIM: "trim",
+    NBD_CMD_CACHE: "cache",
+    NBD_CMD_WRITE_ZEROES: "write zeroes",
+}
+
+_NEEDS: Final = {
+    NBD_CMD_READ: 0,
+    NBD_CMD_WRITE: 0,
+    NBD_CMD_FLUSH: NBD_FLAG_SEND_FLUSH,
+    NBD_CMD_TRIM: NBD_FLAG_SEND_TRIM,
+    NBD_CMD_CACHE: NBD_FLAG_SEND_CACHE,
+    NBD_CMD_WRITE_ZEROES: NBD_FLAG_SEND_WRITE_ZEROES,
+}
+_CHANGES: Final = frozenset({NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES})
+_FILLS: Final = frozenset({NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES})
+
+
+def validate(request: Request, export: Export) -> int:
+    """Return the errno with which `request` must be refused, 0 when `export` can serve it.
+
+    NBD_CMD_DISC is no request to serve and must not come here.
+    """
+    command, flags, _cookie, offset, length, _payload = request
+    if command & REFUSED:
+        return command ^ REFUSED
+    if command not in _NEEDS:
+        return errno.EINVAL
+    return _not_offered(command, flags, export) or _out_of_place(command, offset, length, export)
+
+
+def _not_offered(command: int, flags: int, export: Export) -> int:
+    if command in _CHANGES and export.readonly:
+        return errno.EPERM
+    if _NEEDS[command] & ~export.flags or flags & ~_flags_allowed(command, export.flags):
+        return errno.EINVAL
+    return 0
+
+
+def _out_of_place(command: int, offset: int, length: int, export: Export) -> int:
+    if command == NBD_CMD_FLUSH:
+        return errno.EINVAL if offset or length else 0
+    if (offset | length) & (export.block_size - 1):
+        return errno.EINVAL
+    if offset + length > export.size:  # Python's integers do not wrap around
+        return errno.ENOSPC if command in _FILLS else errno.EINVAL
+    if command == NBD_CMD_READ and length > export.maximum_payload:
+        return errno.EOVERFLOW
+    return 0
+
+
+def _flags_allowed(command: int, capabilities: int) -> int:
+    # proto.md: FUA is accepted on every command once it is advertised.
+    allowed = NBD_CMD_FLAG_FUA if capabilities & NBD_FLAG_SEND_FUA else 0
+    if command == NBD_CMD_WRITE_ZEROES:
+        allowed |= NBD_CMD_FLAG_NO_HOLE
+        if capabilities & NBD_FLAG_SEND_FAST_ZERO:
+            allowed |= NBD_CMD_FLAG_FAST_ZERO
+    return allowed
+
+
+class Receiver:
+    """Turns received bytes into requests, whatever the pieces they arrive in.
+
+    Receive into `recv_space`, then tell `received` how much came. Payloads are views of the
+    receiver's memory, valid until the next `recv_space`. Invariant:
+    `0 <= begin <= end <= CAPACITY`, where `begin..end` is received and not yet parsed.
+    """
+
+    def __init__(self, export: Export) -> None:
+        #: Set once the stream cannot be trusted; what came before it was handed out.
+        self.error: ProtocolError | None = None
+        #: Whether `received(0)` has more requests, beyond the `REQUESTS_MAX` of a batch.
+        self.more = False
+        self._export = export
+        # Anonymous memory takes no room before it is used; a bytearray would be filled at once.
+        self._buffer = memoryview(mmap.mmap(-1, CAPACITY, flags=mmap.MAP_PRIVATE))
+        self._begin = 0
+        self._end = 0
+        self._disconnected = False  # what comes after NBD_CMD_DISC is not read
+        self._skip = 0  # bytes still to come of a payload that nobody wants
+        self._large: memoryview | None = None  # a payload larger than IN_PLACE_MAX
+        self._large_filled = 0
+        self._spare: memoryview | None = None  # the last large payload's memory
+        self._header: Request = (0, 0, 0, 0, 0, None)  # of the payload that is still to come
+
+    @property
+    def within_request(self) -> bool:
+        """Whether a request has begun and not ended."""
+        return self._end > self._begin or self._skip > 0 or self._large is not None
+
+    def recv_space(self) -> memoryview:
+        """Return where to receive; it ends the life of all payloads handed out."""
+        if self.error is not None:
+            raise self.error
+        assert not self.more, "requests are waiting in the buffer"
+        if self._large is not None:
+            return self._large[self._large_filled :]
+        begin, end = self._begin, self._end
+        if begin == end:
+            self._begin = self._end = 0
+        elif CAPACITY - end < SPACE_MIN or CAPACITY - begin < HEADER_BYTES + IN_PLACE_MAX:
+            self._buffer[: end - begin] = self._buffer[begin:end]
+            self._begin, self._end = 0, end - begin
+        return self._buffer[self._end :]
+
+    def received(self, count: int) -> list[Request]:
+        """Return the requests that are complete now that `count` more bytes came.
+
+        Raises ProtocolError when the stream was lost in an earlier call.
+        """
+        if self.error is not None:
+            raise self.error
+        if self._disconnected:
+            return []
+        if self._large is not None:
+            return self._received_large(self._large, count)
+        self._end += count
+        assert 0 <= self._begin <= self._end <= CAPACITY
+        requests: list[Request] = []
+        if self._skip:
+            skipped = min(self._skip, self._end - self._begin)
+            self._begin += skipped
+            self._skip -= skipped
+            if self._skip:
+                return requests
+            requests.append(self._header)
+        self._parse(requests)
+        return requests
+
+    def _received_large(self, large: memoryview, count: int) -> list[Request]:
+        self._large_filled += count
+        assert self._large_filled <= len(large)
+        if self._large_filled < len(large):
+            return []
+        self._large = None
+        command, flags, cookie, offset, length, _ = self._header
+        return [(command, flags, cookie, offset, length, large)]
+
+    def _parse(self, requests: list[Request]) -> None:
+        unpack, append, buffer = REQUEST.unpack_from, requests.append, self._buffer
+        begin, end = self._begin, self._end
+        last = end - HEADER_BYTES
+        self.more = False
+        # Kept while one large payload follows the other: fresh memory costs more than the copy.
+        spare, self._spare = self._spare, None
+        for _ in range(REQUESTS_MAX):
+            if begin > last:
+                break
+            magic, flags, command, cookie, offset, length = unpack(buffer, begin)
+            if magic != NBD_REQUEST_MAGIC:
+                self.error = ProtocolError(f"request with magic 0x{magic:08x}")
+                break
+            if command != NBD_CMD_WRITE:
+                begin += HEADER_BYTES
+                append((command, flags, cookie, offset, length, None))
+                if command != NBD_CMD_DISC:
+                    continue
+                self._disconnected = True
+                begin = end
+                break
+            payload = begin + HEADER_BYTES
+            if payload + length <= end:
+                begin = payload + length
+                append((command, flags, cookie, offset, length, buffer[payload:begin]))
+                continue
+            if length > IN_PLACE_MAX:
+                self._begin_large((command, flags, cookie, offset, length, None), payload, spare)
+                begin = end
+            break
+        else:
+            self.more = begin <= last
+        self._begin = begin
+
+    def _begin_large(self, header: Request, payload: int, spare: memoryview | None) -> None:
+        """Take the header of a payload that does not fit the buffer, and what came of it."""
+        _command, flags, cookie, offset, length, _ = header
+        if length > MAX_PAYLOAD:
+            self.error = ProtocolError(f"write of {length} bytes, more than {MAX_PAYLOAD}")
+            return
+        came = self._end - payload
+        error = validate(header, self._export)
+        if not error:
+            try:
+                if spare is None or len(spare) < length:
+                    spare = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))
+            except OSError:
+                error = errno.ENOMEM
+            else:
+                self._header = header
+                self._spare = spare
+                self._large = spare[:length]
+                self._large[:came] = self._buffer[payload : self._end]
+                self._large_filled = came
+                return
+        self._header = (REFUSED | error, flags, cookie, offset, length, None)
+        self._skip = length - came
