@@ -323,6 +323,7 @@ def test_a_client_that_does_not_read_is_not_read_from(world: World, unix: Addres
             sent += client.send(option(99, bytes(16384)))
             world.reactor.turn()
     assert sent < 4 << 20  # what two socket buffers hold
+    assert not world.reactor.turn()  # and it costs nothing
 
 
 def test_an_export_that_goes_while_its_client_is_late_is_not_served(
