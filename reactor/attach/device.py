@@ -1,0 +1,82 @@
+"""Attaching, by whatever way the kernel offers, and finding again what it still holds."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Sequence
+from socket import socket
+from typing import Final
+
+from reactor.attach import ioctl, netlink, sysfs
+from reactor.attach.block import Attachment, Device
+from reactor.errors import DeviceError
+from reactor.spec import AttachWay
+
+__all__ = ["Device", "adopt", "attach", "held"]
+
+_PATH: Final = re.compile(r"/dev/nbd(0|[1-9][0-9]{0,5})")
+
+
+def attach(
+    device: str,
+    way: AttachWay,
+    *,
+    tag: str,
+    size: int,
+    block_size: int,
+    flags: int,
+    kernel_ends: Sequence[socket],
+    timeout: int | None,
+    dead_timeout: int,
+) -> Device:
+    """Attach `device` (`/dev/nbdN`, or `auto` for the first free one) to `kernel_ends`.
+
+    `flags` are transmission flags; sizes in bytes, times in seconds (timeout 0: never, None: the
+    way's default). Closes `kernel_ends` in every case. Raises DeviceError.
+    """
+    try:
+        attachment = Attachment(tag, size, block_size, flags, kernel_ends, timeout, dead_timeout)
+        attachment.check(device)
+        return _attach(_index(device), way, attachment)
+    finally:
+        for end in kernel_ends:
+            end.close()
+
+
+def adopt(tag: str) -> Device | None:
+    """Return the netlink device that the kernel holds under exactly this tag."""
+    for index in sysfs.indexes():
+        if sysfs.pid(index) is not None and sysfs.backend(index) == tag:
+            return netlink.NetlinkDevice(index, tag)
+    return None
+
+
+def held(prefix: str) -> list[str]:
+    """Return the tags that begin with `prefix` of all devices that the kernel holds."""
+    tags = [sysfs.backend(index) for index in sysfs.indexes() if sysfs.pid(index) is not None]
+    return [tag for tag in tags if tag is not None and tag.startswith(prefix)]
+
+
+def _index(device: str) -> int | None:
+    if device == "auto":
+        return None
+    match = _PATH.fullmatch(device)
+    if match is None:
+        message = f"{device} is no nbd device; expected /dev/nbd0, /dev/nbd1, … or auto"
+        raise DeviceError(errno.EINVAL, message)
+    return int(match[1])
+
+
+def _attach(index: int | None, way: AttachWay, attachment: Attachment) -> Device:
+    if not sysfs.driver_present():
+        message = "the kernel has no nbd driver loaded; load it with: modprobe nbd"
+        raise DeviceError(errno.ENODEV, message)
+    if way != "ioctl":
+        try:
+            return netlink.connect(index, attachment)
+        except netlink.NoFamily as error:
+            if way == "netlink":
+                message = "the kernel's nbd driver offers no netlink here; use attach: ioctl"
+                raise DeviceError(errno.EOPNOTSUPP, message) from error
+    return ioctl.attach(index, attachment)

@@ -1,0 +1,93 @@
+"""Who uses an nbd device, in words for the operator. Looks only; opens no device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from reactor.attach import sysfs
+
+PROC: Final = Path("/proc")
+TAG_PREFIX: Final = "nbd-reactor:"
+NAMES_MAX: Final = 3  # how many processes a message names
+
+
+def occupation(path: str, index: int) -> str:
+    """Return one line that says why the device cannot be had, and what to do."""
+    thread = sysfs.pid(index)
+    if thread is None:
+        openers = processes_with(path)
+        if openers:
+            return f"{path} is not attached, but is held open by {listed(openers)}"
+        return f"{path} is in use"
+    tag = sysfs.backend(index)
+    if tag is not None and tag.startswith(TAG_PREFIX):
+        return f"{path} is attached by nbd-reactor already, as {tag}"
+    owner = _process(thread)
+    if owner is None:
+        ended = "by a process that has ended; if nobody needs it"
+        return f"{path} is attached already, {ended}: nbd-client -d {path}"
+    return f"{path} is attached already, by {owner}"
+
+
+def users(path: str, index: int) -> list[str]:
+    """Return what stands on the device: mounts, stacked devices, processes that have it open."""
+    stacked = [f"/dev/{name}" for name in sysfs.holders(index)]
+    return [*(f"the mount {mount}" for mount in mounts(path)), *stacked, *processes_with(path)]
+
+
+def mounts(path: str) -> list[str]:
+    """Return where the device or a partition of it is mounted."""
+    try:
+        lines = (PROC / "self/mounts").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.split()[1] for line in lines if _is_device(line.split(" ", 1)[0], path)]
+
+
+def processes_with(path: str) -> list[str]:
+    """Return the processes that have the device or a partition of it open."""
+    return [
+        name
+        for process in PROC.glob("[0-9]*")
+        if any(_is_device(target, path) for target in _open_files(process))
+        and (name := _process(int(process.name)))
+    ]
+
+
+def listed(names: list[str]) -> str:
+    """Return a few of `names` as one phrase."""
+    more = len(names) - NAMES_MAX
+    return ", ".join(names[:NAMES_MAX]) + (f" and {more} more" if more > 0 else "")
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    try:
+        for descriptor in (process / "fd").iterdir():
+            try:
+                yield str(descriptor.readlink())
+            except OSError:
+                continue
+    except OSError:  # ended, or another user's
+        return
+
+
+def _process(thread: int) -> str | None:
+    """Return name and id of the process that `thread` belongs to; None when it has ended."""
+    try:
+        status = (PROC / str(thread) / "status").read_text(errors="replace")
+    except OSError:
+        return None
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    group = fields.get("Tgid", str(thread))
+    try:
+        name = (PROC / group / "comm").read_text(errors="replace").strip()
+    except OSError:
+        name = fields.get("Name", "?")
+    return f"{name} (pid {group})"
+
+
+def _is_device(name: str, path: str) -> bool:
+    return name == path or re.fullmatch(re.escape(path) + r"p[0-9]+", name) is not None

@@ -1,0 +1,82 @@
+"""What /sys says about nbd devices. Files may vanish at any moment: that reads as "not there"."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+BLOCK: Final = Path("/sys/block")
+MODULE: Final = Path("/sys/module/nbd")  # also there when the driver is built in
+SECTOR: Final = 512  # bytes; the unit of `size` whatever the block size
+
+_NAME: Final = re.compile(r"nbd(0|[1-9][0-9]{0,5})")
+
+
+def driver_present() -> bool:
+    """Whether the kernel has the nbd driver."""
+    return MODULE.exists() or bool(indexes())
+
+
+def indexes() -> list[int]:
+    """Return the indexes of all nbd devices, configured or not."""
+    try:
+        names = [path.name for path in BLOCK.iterdir()]
+    except OSError:
+        return []
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def pid(index: int) -> int | None:
+    """Return the id of the thread that configured the device; None: it is not configured.
+
+    The thread may have ended long ago.
+    """
+    text = _read(index, "pid")
+    return int(text) if text is not None and text.isascii() and text.isdigit() else None
+
+
+def backend(index: int) -> str | None:
+    """Return the tag that the device was connected with; only netlink devices have one."""
+    return _read(index, "backend")
+
+
+def size(index: int) -> int:
+    """Return the device's size in bytes; 0 when it has none."""
+    text = _read(index, "size")
+    return int(text) * SECTOR if text else 0
+
+
+def block_size(index: int) -> int:
+    """Return the logical block size in bytes."""
+    return int(_read(index, "queue/logical_block_size") or SECTOR)
+
+
+def in_flight(index: int) -> int:
+    """Return how many reads and writes the device has not finished."""
+    return sum(int(number) for number in (_read(index, "inflight") or "").split())
+
+
+def holders(index: int) -> list[str]:
+    """Return the block devices that are built on this one or on a partition of it."""
+    disk = BLOCK / f"nbd{index}"
+    found = [*disk.glob("holders/*"), *disk.glob(f"nbd{index}p*/holders/*")]
+    return sorted(path.name for path in found)
+
+
+def is_free(index: int) -> bool:
+    """Whether nothing is configured, in flight or built on the device."""
+    return pid(index) is None and not (size(index) or in_flight(index) or holders(index))
+
+
+def set_io_timeout(index: int, milliseconds: int) -> None:
+    """Set after how long the block layer asks the driver about a request; raises OSError."""
+    (BLOCK / f"nbd{index}/queue/io_timeout").write_text(str(milliseconds))
+
+
+def _read(index: int, name: str) -> str | None:
+    try:
+        # Binary: a backend tag is whatever its owner wrote.
+        return (BLOCK / f"nbd{index}" / name).read_bytes().decode(errors="replace").strip()
+    except OSError:
+        return None
