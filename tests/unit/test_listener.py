@@ -1,4 +1,4 @@
-"""The listener over real sockets, in a real reactor that the test turns itself."""
+"""The listener and its clients, over real sockets."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import logging
 import os
 import resource
 import socket
-import stat
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,9 +15,8 @@ import pytest
 
 from reactor.data.listener import ACCEPT_RETRY_SECONDS, NEGOTIATIONS_MAX, Listener
 from reactor.data.negotiation import HANDSHAKE_SECONDS
-from reactor.loop import Reactor
-from reactor.protocol.export import Export
 from reactor.spec import Address
+from tests.unit.listening import GO, GO_REPLY_BYTES, World, free_port
 from tests.unit.test_handshake import (
     ACK,
     FIXED_NO_ZEROES,
@@ -31,86 +28,6 @@ from tests.unit.test_handshake import (
     kinds,
     option,
 )
-
-GO = FIXED_NO_ZEROES + option(7, info(b"disk"))
-GREETING_BYTES = 18
-GO_REPLY_BYTES = 20 + 12 + 20 + 14 + 20
-SECONDS = 20.0  # until a test that waits fails
-
-
-class World:
-    """A reactor whose clock can be put forward, with its listener, clients and guests."""
-
-    def __init__(self) -> None:
-        self.skipped_ns = 0
-        self.reactor = Reactor("poll", clock=lambda: time.monotonic_ns() + self.skipped_ns)
-        self.handed: list[tuple[socket.socket, Export, bytes]] = []
-        self.clients: list[socket.socket] = []
-        self.listeners: list[Listener] = []
-
-    def listen(self, address: Address, sock: socket.socket | None = None) -> Listener:
-        listener = Listener(
-            self.reactor, address, lambda *client: self.handed.append(client), sock=sock
-        )
-        listener.exports["disk"] = disk()
-        self.listeners.append(listener)
-        return listener
-
-    def connect(self, address: Address) -> socket.socket:
-        where: str | tuple[str, int]
-        if address.kind == "unix":
-            client, where = socket.socket(socket.AF_UNIX), address.target
-        else:
-            family = socket.AF_INET6 if ":" in address.target else socket.AF_INET
-            client, where = socket.socket(family), (address.target, address.port)
-        self.clients.append(client)
-        client.connect(where)
-        client.setblocking(False)
-        return client
-
-    def greet(self, address: Address) -> socket.socket:
-        client = self.connect(address)
-        self.read(client, GREETING_BYTES)
-        return client
-
-    def until(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, "it did not happen"
-            self.reactor.turn()
-
-    def read(self, client: socket.socket, length: int) -> bytes:
-        """Turn until the client has so many bytes; fewer when its stream ends before."""
-        received, ended = b"", False
-
-        def enough() -> bool:
-            nonlocal received, ended
-            with suppress(BlockingIOError):
-                data = client.recv(length - len(received))
-                ended = not data
-                received += data
-            return ended or len(received) == length
-
-        self.until(enough)
-        return received
-
-    def ended(self, client: socket.socket) -> bool:
-        """Turn until the client's stream ends; False when something comes instead."""
-        try:
-            return self.read(client, 1) == b""
-        except ConnectionResetError:
-            return True
-
-    def skip(self, seconds: float) -> None:
-        self.skipped_ns += int(seconds * 1e9)
-        self.reactor.turn()
-
-    def close(self) -> None:
-        for listener in self.listeners:
-            listener.close()
-        for sock in (*self.clients, *(sock for sock, _, _ in self.handed)):
-            sock.close()
-        self.reactor.close()
 
 
 @pytest.fixture
@@ -128,11 +45,7 @@ def unix(tmp_path: Path) -> Address:
 
 @pytest.fixture
 def tcp() -> Address:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return Address("tcp", "127.0.0.1", free.getsockname()[1])
-
-
-# --- clients ---
+    return Address("tcp", "127.0.0.1", free_port())
 
 
 @pytest.mark.parametrize("family", ["unix", "tcp"])
@@ -403,153 +316,3 @@ def test_closing_drops_the_clients_that_are_still_negotiating(world: World, unix
     assert world.ended(client)
     with pytest.raises(FileNotFoundError):
         world.connect(unix)
-
-
-# --- addresses ---
-
-
-def refusal(world: World, address: Address) -> tuple[int | None, str]:
-    with pytest.raises(OSError, match="cannot listen on") as refused:
-        world.listen(address)
-    return refused.value.errno, str(refused.value.strerror)
-
-
-def test_a_unix_socket_is_removed_at_the_end(world: World, unix: Address) -> None:
-    listener = world.listen(unix)
-    assert stat.S_ISSOCK(Path(unix.target).lstat().st_mode)
-    world.listeners.remove(listener)
-    listener.close()
-    assert not Path(unix.target).exists()
-
-
-def test_a_unix_socket_that_another_service_has_replaced_is_left(
-    world: World, unix: Address
-) -> None:
-    first = world.listen(unix)
-    Path(unix.target).unlink()
-    world.listen(unix)
-    world.listeners.remove(first)
-    first.close()
-    world.greet(unix)
-
-
-def test_a_unix_socket_has_the_permissions_that_the_umask_leaves(
-    world: World, unix: Address
-) -> None:
-    umask = os.umask(0o027)
-    try:
-        world.listen(unix)
-    finally:
-        os.umask(umask)
-    assert stat.S_IMODE(Path(unix.target).lstat().st_mode) == 0o750
-
-
-def test_a_unix_socket_that_a_killed_service_left_is_replaced(world: World, unix: Address) -> None:
-    with socket.socket(socket.AF_UNIX) as killed:
-        killed.bind(unix.target)
-        killed.listen()
-    world.listen(unix)
-    world.greet(unix)
-
-
-def test_a_unix_socket_that_somebody_listens_on_is_left(world: World, unix: Address) -> None:
-    world.listen(unix)
-    number, said = refusal(world, unix)
-    assert number == errno.EADDRINUSE
-    assert said == f"cannot listen on {unix}: another process uses this socket"
-    world.greet(unix)
-
-
-def test_a_unix_socket_whose_service_is_too_busy_to_accept_is_left(
-    world: World, unix: Address
-) -> None:
-    with socket.socket(socket.AF_UNIX) as busy:
-        busy.bind(unix.target)
-        busy.listen(0)
-        world.connect(unix)
-        number, _ = refusal(world, unix)
-        assert number == errno.EADDRINUSE
-        assert Path(unix.target).exists()
-
-
-def test_a_file_at_the_path_of_a_unix_socket_is_left(world: World, unix: Address) -> None:
-    Path(unix.target).write_text("precious")
-    number, said = refusal(world, unix)
-    assert number == errno.EADDRINUSE
-    assert said.endswith("the path exists and is not a socket")
-    assert Path(unix.target).read_text() == "precious"
-
-
-def test_a_missing_directory_is_named(world: World) -> None:
-    number, said = refusal(world, Address("unix", "/nonexistent/dir/disk.sock"))
-    assert number == errno.ENOENT
-    assert said == (
-        "cannot listen on unix:/nonexistent/dir/disk.sock: there is no directory /nonexistent/dir"
-    )
-
-
-def test_a_file_as_directory_is_refused(world: World, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    number, said = refusal(world, Address("unix", str(tmp_path / "file" / "disk.sock")))
-    assert number == errno.ENOTDIR
-    assert said.endswith("Not a directory")
-
-
-def test_a_path_with_a_nul_is_refused(world: World, tmp_path: Path) -> None:
-    number, _ = refusal(world, Address("unix", f"{tmp_path}/a\0b"))
-    assert number == errno.EINVAL
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_tcp_port_in_use_is_refused(world: World, tcp: Address) -> None:
-    world.listen(tcp)
-    number, said = refusal(world, tcp)
-    assert number == errno.EADDRINUSE
-    assert said == f"cannot listen on {tcp}: Address already in use"
-
-
-def test_an_address_of_another_host_is_refused(world: World) -> None:
-    number, said = refusal(world, Address("tcp", "192.0.2.1", 10809))
-    assert number == errno.EADDRNOTAVAIL
-    assert "tcp:192.0.2.1:10809" in said
-
-
-def test_a_host_name_is_refused_as_looking_it_up_may_block(world: World) -> None:
-    number, said = refusal(world, Address("tcp", "nbd.example", 10809))
-    assert number == errno.EINVAL
-    assert said.endswith("nbd.example is neither an IP address nor localhost")
-
-
-def test_localhost_is_an_address(world: World, tcp: Address) -> None:
-    world.listen(Address("tcp", "localhost", tcp.port))
-    world.greet(tcp)
-
-
-def test_ipv6_is_served(world: World, tcp: Address) -> None:
-    address = Address("tcp", "::1", tcp.port)
-    world.listen(address)
-    world.connect(address).sendall(GO)
-    world.until(lambda: world.handed)
-
-
-def test_a_socket_that_was_handed_over_is_served_and_its_path_left(
-    world: World, unix: Address
-) -> None:
-    handed = socket.socket(socket.AF_UNIX)
-    handed.bind(unix.target)
-    handed.listen()
-    listener = world.listen(Address("systemd", "disk"), sock=handed)
-    world.greet(unix)
-    world.listeners.remove(listener)
-    listener.close()
-    assert Path(unix.target).exists()
-
-
-@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
-def test_a_handed_socket_that_does_not_listen_is_refused(
-    world: World, kind: socket.SocketKind
-) -> None:
-    handed = socket.socket(socket.AF_UNIX, kind)
-    with pytest.raises(OSError, match="systemd:disk is not a listening stream socket"):
-        world.listen(Address("systemd", "disk"), sock=handed)
-    assert handed.fileno() == -1
