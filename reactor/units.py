@@ -56,6 +56,14 @@ def format_size(size: int) -> str:
     return f"{number:.2f}".rstrip("0").rstrip(".") + unit
 
 
+def format_exact_size(size: int) -> str:
+    """Return `size` (bytes) as a whole number of its largest unit; `parse_size` reads it back."""
+    unit = 0
+    while size and size % 1024 == 0 and unit < len(_UNITS) - 1:
+        size, unit = size // 1024, unit + 1
+    return f"{size}{_UNITS[unit]}" if unit else str(size)
+
+
 def parse_seconds(text: str) -> float:
     """Return the seconds in `text`, from 0 to `SECONDS_MAX`; raises ValueError that says why not.
 

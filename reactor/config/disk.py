@@ -15,8 +15,9 @@ from reactor.config.keys import (
     KINDS,
     BackendSchema,
     disk_name,
+    text,
 )
-from reactor.config.problems import Problems, unknown
+from reactor.config.problems import Problems, listed, unknown
 from reactor.cores import format_cores
 from reactor.errors import ReactorError
 from reactor.spec import DiskSpec, Key
@@ -90,9 +91,8 @@ def read_disk(
         wrong.append(("backend", about_backend))
     if schema is not None:
         wrong += _missing(draft, schema)
-        right = not wrong
         wrong += _clashes(draft.values, schema, rules.cores)
-        if right:
+        if not wrong:
             wrong += schema.check(_options(draft.values), draft.values.get("block_size"))
     for key, problem in wrong:
         draft.note(key, problem)
@@ -124,17 +124,18 @@ def all_keys(schemas: Schemas) -> dict[str, Key | None]:
 def _schema(entry: Entry | None, schemas: Schemas) -> tuple[BackendSchema | None, str]:
     """Return the schema, or what is wrong with the backend's name (unless its type is)."""
     if entry is None:
-        return None, f"missing; there are {', '.join(schemas)}"
-    if not isinstance(entry.value, str) or not entry.value:
+        return None, f"missing; there are {listed(schemas)}"
+    try:
+        return _load(text(entry.value, kind="a backend"), schemas)
+    except ValueError:  # told where the value is converted
         return None, ""
-    return _load(entry.value, schemas)
 
 
 def _load(name: str, schemas: Schemas) -> tuple[BackendSchema | None, str]:
     try:
         return schemas[name], ""
     except KeyError:
-        return None, unknown("backend", name, schemas) + f" (all: {', '.join(schemas)})"
+        return None, unknown("backend", name, schemas, list_all=True)
     except ReactorError as error:  # another package's backend may be broken
         return None, str(error)
 

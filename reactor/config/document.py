@@ -17,10 +17,10 @@ from yaml.composer import ComposerError
 from reactor.config.problems import Problems
 from reactor.errors import UsageError, quoted, reason
 from reactor.spec import DiskSpec
-from reactor.units import format_size, parse_size
+from reactor.units import format_exact_size, format_size
 
 FILE_MAX: Final = 1 << 20  # bytes
-NODES_MAX: Final = 100_000  # about 1 KiB of memory each
+NODES_MAX: Final = 65_536  # about 1 KiB of memory each
 NESTING_MAX: Final = 16
 
 #: What a key is set to. Numbers and words are text; a collection within a list, or a mapping, is
@@ -32,6 +32,7 @@ _TAGS: Final = {
     _TAG + name
     for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "seq", "map")
 }
+_NULL: Final = _TAG + "null"
 _TRUE: Final = ("true", "yes", "on")
 
 
@@ -82,7 +83,7 @@ def read(path: Path, problems: Problems) -> Entry:
         problems.add(mark.line + 1 if mark else 1, "", _syntax_problem(error))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        problems.add(line, "", f"the character U+{ord(str(error.character)):04X} is not allowed")
+        problems.add(line, "", f"the character U+{error.character:04X} is not allowed")
     if problems:
         raise problems.error()
     return _entry("", 1, root) if root is not None else Entry("", 1)
@@ -90,7 +91,7 @@ def read(path: Path, problems: Problems) -> Entry:
 
 def entries(parent: Entry, problems: Problems, *, kind: str) -> dict[str, Entry]:
     """Return the keys of a mapping; nothing is an empty one. `kind` says what belongs there."""
-    if parent.value is None:
+    if parent.node is None or parent.node.tag == _NULL:
         return {}
     if not isinstance(parent.node, yaml.MappingNode):
         problems.add(parent.line, parent.place, f"expected {kind}, found {describe(parent.value)}")
@@ -170,7 +171,7 @@ def _value(node: yaml.Node, *, nested: bool = False) -> Value:
     if isinstance(node, yaml.SequenceNode):
         return [] if nested else [_value(item, nested=True) for item in node.value]
     text: str = node.value
-    if node.tag == _TAG + "null":
+    if node.tag == _NULL and text in ("", "~"):  # `backend: null` names a backend
         return None
     if node.tag == _TAG + "bool":
         return text.lower() in _TRUE
@@ -189,6 +190,6 @@ def _plain(spec: DiskSpec) -> dict[str, Any]:
 
 
 def _readable(key: str, value: Any) -> Any:
-    if key == "size" and isinstance(value, int) and parse_size(format_size(value)) == value:
-        return format_size(value)
-    return value
+    if key == "size" and isinstance(value, int) and value % 1024 == 0:
+        return format_exact_size(value)
+    return value  # a few bytes stay a number: YAML quotes text that looks like one

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 from typing import Final
 
 from reactor.errors import ConfigError, quoted
 
 #: Nobody reads more, and suggestions for every line of a hostile file would take minutes.
 PROBLEMS_MAX: Final = 100
+LISTED_MAX: Final = 20
 
 
 class Problems:
@@ -38,16 +40,17 @@ class Problems:
         return ConfigError([*lines, last] if last else lines)
 
 
-def unknown(kind: str, word: str, valid: Iterable[str]) -> str:
-    """Return the problem that `word` is no `kind`, with the nearest valid one or all of them."""
+def unknown(kind: str, word: str, valid: Iterable[str], *, list_all: bool = False) -> str:
+    """Return the problem that `word` is no `kind`, with the nearest valid one, else all of them."""
     choices = list(valid)
     near = difflib.get_close_matches(word[:128], choices, n=1)
-    hint = f"did you mean {quoted(near[0])}?" if near else _choice_of(choices)
-    return f"unknown {kind} {quoted(word)}; {hint}"
+    hints = [f"did you mean {quoted(near[0])}?"] if near else []
+    if list_all or not near:
+        hints.append(f"there are {listed(choices)}")
+    return f"unknown {kind} {quoted(word)}; {' '.join(hints)}"
 
 
-def _choice_of(words: list[str]) -> str:
-    shown = ", ".join(words[:20])
-    return f"there {'is' if len(words) == 1 else 'are'} {shown or 'none'}" + (
-        ", …" if len(words) > 20 else ""
-    )
+def listed(words: Iterable[str]) -> str:
+    """Return the words as one list, cut if it is long."""
+    shown = list(islice(words, LISTED_MAX + 1))
+    return ", ".join([*shown[:LISTED_MAX], "…"] if len(shown) > LISTED_MAX else shown) or "none"
