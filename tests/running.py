@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,13 @@ class RunningService:
                 return disk
             assert time.monotonic() < deadline, f"{disk}\n{self.log}"
             time.sleep(0.02)
+
+    def await_true(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+        """Wait until `condition` holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.05)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Stop it, check that nothing is left, and return the exit status."""

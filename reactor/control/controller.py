@@ -18,6 +18,7 @@ from reactor.bus import ControllerBus
 from reactor.control.blocking import BlockingCall
 from reactor.control.demo import demo_disks
 from reactor.control.disk import DETACH_SECONDS, DiskControl, Host
+from reactor.control.exporter import Exporter
 from reactor.control.methods import methods
 from reactor.control.notify import handed_sockets, notify
 from reactor.control.plan import place, place_all
@@ -88,7 +89,8 @@ class Controller:
             for core in options.cores
         }
         self._rpc = RpcServer(self.reactor, options.rpc_socket, methods(self))
-        self._exporter = self._export_metrics()
+        metrics = options.metrics
+        self._exporter = Exporter(self.reactor, metrics, self) if metrics is not None else None
 
     def begin(self, specs: tuple[DiskSpec, ...]) -> None:
         """Start the workers and bring up `specs`."""

@@ -439,10 +439,11 @@ class DiskControl:
     def _detach(self, device: Device) -> None:
         def detached(_: None, error: Exception | None) -> None:
             self.device = None
-            self._linked = self._probed = self._flushed = False
+            self._probed = self._flushed = False
             if error is not None:
                 log.error("disk %s: %s", self.spec.name, reason(error))
 
+        self._linked = False  # the connection's end is expected
         self._run(f"detaching {device.path}", DETACH_SECONDS, device.detach, detached)
 
     def _on_stopped(self, _message: Message) -> None:

@@ -157,6 +157,8 @@ class WorkerProcess:
 
     def shut_down(self) -> None:
         """Ask it to exit, all its disks being stopped, and do not start it again."""
+        if self._stopping:
+            return
         self._stopping = True
         if self._respawn is not None:
             self._respawn.cancel()

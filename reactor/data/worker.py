@@ -7,6 +7,7 @@ import errno
 import faulthandler
 import fcntl
 import os
+import resource
 import signal
 import socket
 import sys
@@ -319,6 +320,8 @@ def main() -> int:
     faulthandler.enable()
     setproctitle(f"nbd-reactor: {name}")
     controller = os.getppid()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each client
     try:
         os.sched_setaffinity(0, {arguments.core})  # before ZeroMQ makes its thread
         lock = _lock_core(arguments.runtime_dir, arguments.core)

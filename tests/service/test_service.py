@@ -1,0 +1,368 @@
+"""The whole service on sockets: start, stop, reload, supervise, and survive its users."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.commands import run
+from tests.running import RunningService
+
+Start = Callable[..., RunningService]
+MIB = 1 << 20
+
+
+def ram(tmp_path: Path, *names: str, more: str = "") -> str:
+    lines = "".join(
+        f"  {name}: {{backend: malloc, size: 8MiB, listen: 'unix:{tmp_path}/{name}.sock'{more}}}\n"
+        for name in names
+    )
+    return f"disks:\n{lines}"
+
+
+def nbdsh(tmp_path: Path, name: str, script: str) -> str:
+    uri = f"nbd+unix:///{name}?socket={tmp_path}/{name}.sock"
+    return run("nbdsh", "-u", uri, "-c", script)
+
+
+# --- start and stop ---
+
+
+def test_ready_is_said_once_everything_is_up(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a", "b"))
+    assert running.await_line("ready:").startswith("ready: 2 of 2 disks on 1 workers")
+    nbdsh(tmp_path, "a", "assert h.get_size() == 8 << 20")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_exits_0_and_leaves_nothing(
+    service: Start, tmp_path: Path, number: signal.Signals
+) -> None:
+    running = service(ram(tmp_path, "a"))
+    assert running.stop(number) == 0
+    assert {path.name for path in running.runtime_dir.iterdir()} <= {
+        "lock",
+        "instance",
+        "rpc.sock.lock",
+    }
+    assert not (tmp_path / "a.sock").exists()
+
+
+def test_the_service_manager_is_told(
+    service: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        running = service(ram(tmp_path, "a"))
+        assert manager.recv(4096).startswith(b"READY=1")
+        running.stop()
+        assert manager.recv(4096) == b"STOPPING=1"
+
+
+def test_a_second_service_on_the_runtime_directory_is_refused(service: Start) -> None:
+    first = service()
+    second = service(runtime_dir=first.runtime_dir, await_ready=False)
+    assert second.process.wait(30) == 1
+    line = second.log.splitlines()[-1]
+    assert f"another nbd-reactor (pid {first.process.pid}) runs on {first.runtime_dir}" in line
+    assert first.rpc("reactor_get_disks") == []
+
+
+def test_a_second_signal_forces_even_past_a_stopped_worker(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    worker = running.workers()[0]
+    worker.suspend()
+    running.process.send_signal(signal.SIGTERM)
+    running.await_line("stopping")
+    assert running.stop() == 0
+    assert not worker.is_running()
+
+
+# --- failing disks ---
+
+
+def test_a_disk_that_cannot_start_is_named_and_stops_no_other(
+    service: Start, tmp_path: Path
+) -> None:
+    config = ram(tmp_path, "good") + f"  bad: {{backend: file, path: {tmp_path}/absent}}\n"
+    running = service(config)
+    assert f"{tmp_path}/absent" in running.await_line("disk bad failed:")
+    assert "failed: bad" in running.await_line("ready:")
+    nbdsh(tmp_path, "good", "h.pread(512, 0)")
+
+
+def test_strict_makes_a_failing_disk_fatal(service: Start, tmp_path: Path) -> None:
+    config = f"disks: {{bad: {{backend: file, path: {tmp_path}}}}}"
+    running = service(config, "--strict", await_ready=False)
+    assert running.process.wait(30) == 1
+    assert "not started: bad (--strict)" in running.log
+
+
+def test_an_address_in_use_fails_the_disk_alone(service: Start, tmp_path: Path) -> None:
+    service(ram(tmp_path, "a"))
+    other = service(ram(tmp_path, "a") + "  b: {backend: 'null', size: 1MiB}\n")
+    assert "a.sock" in other.await_line("disk a failed:")
+    nbdsh(tmp_path, "a", "h.pread(512, 0)")
+
+
+# --- supervision ---
+
+
+def test_a_killed_worker_comes_back_with_its_data(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    nbdsh(tmp_path, "a", "h.pwrite(b'k' * 4096, 8192)")
+    old = running.workers()[0]
+    old.kill()
+    running.await_true(lambda: running.workers().get(0, old) != old)
+    running.await_state("a", "online")
+    nbdsh(tmp_path, "a", "assert h.pread(4096, 8192) == b'k' * 4096")
+
+
+def test_a_worker_that_keeps_dying_is_given_up_and_its_disk_says_so(
+    service: Start, tmp_path: Path
+) -> None:
+    running = service(ram(tmp_path, "a", more=", core: 0"))
+    killed: set[int] = set()
+
+    def give_up() -> bool:
+        for worker in running.workers().values():
+            if worker.pid not in killed:
+                killed.add(worker.pid)
+                worker.kill()
+        state: str = running.rpc("reactor_get_disks", name="a")[0]["state"]
+        return state == "failed"
+
+    running.await_true(give_up, 100)
+    running.rpc("reactor_start_disk", name="a")
+    nbdsh(tmp_path, "a", "h.pread(512, 0)")
+
+
+def test_workers_serve_on_without_their_controller(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    nbdsh(tmp_path, "a", "h.pwrite(b'c' * 4096, 0)")
+    running.process.kill()
+    running.process.wait()
+    nbdsh(tmp_path, "a", "assert h.pread(4096, 0) == b'c' * 4096")
+    again = service(ram(tmp_path, "a"), runtime_dir=running.runtime_dir)
+    nbdsh(tmp_path, "a", "assert h.pread(4096, 0) == b'c' * 4096")
+    assert len(again.workers()) == 1
+
+
+def test_workers_are_named_and_pinned(service: Start) -> None:
+    core = min(os.sched_getaffinity(0))
+    running = service(cores=str(core))
+    worker = running.workers()[core]
+    assert worker.cmdline()[0] == f"nbd-reactor: worker core {core}"
+    assert {thread.id for thread in worker.threads()}
+    for thread in worker.threads():
+        assert os.sched_getaffinity(thread.id) == {core}
+
+
+# --- reload ---
+
+
+def test_reload_starts_stops_and_changes_only_what_differs(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "stays", "goes"))
+    stays = socket.socket(socket.AF_UNIX)
+    with stays:
+        stays.connect(str(tmp_path / "stays.sock"))
+        assert stays.recv(18).startswith(b"NBDMAGIC")
+        running.config_path.write_text(ram(tmp_path, "stays", "comes"))
+        running.process.send_signal(signal.SIGHUP)
+        running.await_line("config reloaded")
+        running.await_state("comes", "online")
+        running.await_true(lambda: not (tmp_path / "goes.sock").exists())
+        nbdsh(tmp_path, "comes", "h.pread(512, 0)")
+        stays.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            stays.recv(1)
+
+
+def test_a_bad_config_changes_nothing_on_reload(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    running.config_path.write_text("disks: {a: {backend: malloc, sise: 1}}")
+    running.process.send_signal(signal.SIGHUP)
+    running.await_line("config not reloaded")
+    nbdsh(tmp_path, "a", "h.pread(512, 0)")
+
+
+def test_reload_resizes_a_memory_disk_and_keeps_its_data(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    nbdsh(tmp_path, "a", "h.pwrite(b'k' * 4096, 0)")
+    running.config_path.write_text(ram(tmp_path, "a").replace("8MiB", "16MiB"))
+    running.rpc("reactor_reload")
+    running.await_true(lambda: running.rpc("reactor_get_disks", name="a")[0]["size"] == 16 * MIB)
+    nbdsh(tmp_path, "a", "assert h.get_size() == 16 << 20; assert h.pread(4096, 0) == b'k' * 4096")
+
+
+# --- hot remove ---
+
+
+def test_hot_remove_ends_clients_and_leaves_others_alone(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "goes", "stays"))
+    script = f"""
+import subprocess, time
+h.pread(512, 0)
+subprocess.run([{sys.executable!r}, '-m', 'reactor.ctl', '--socket', {str(running.rpc_socket)!r},
+                'remove', 'goes'], check=True)
+try:
+    for _ in range(1000):
+        h.pread(512, 0)
+        time.sleep(0.01)
+except nbd.Error:
+    pass
+else:
+    raise AssertionError('still served')
+"""
+    nbdsh(tmp_path, "goes", script)
+    nbdsh(tmp_path, "stays", "h.pread(512, 0)")
+
+
+@pytest.mark.parametrize("harm", ["unlink", "truncate", "replace"])
+def test_a_lost_backing_file_is_a_hot_remove(service: Start, tmp_path: Path, harm: str) -> None:
+    image = tmp_path / "image"
+    running = service(
+        f"disks: {{f: {{backend: file, path: {image}, size: 4MiB,"
+        f" listen: 'unix:{tmp_path}/f.sock'}}}}"
+    )
+    nbdsh(tmp_path, "f", "h.pwrite(b'x' * 65536, 0)")
+    if harm == "truncate":
+        os.truncate(image, 4096)
+    else:
+        image.unlink()
+    if harm == "replace":
+        image.write_bytes(bytes(4 * MIB))
+    assert running.await_state("f", "removed")["reason"]
+    assert not (tmp_path / "f.sock").exists()
+
+
+# --- hostile clients ---
+
+OPTION_GO = struct.pack(">QIIIH", 0x49484156454F5054, 7, 6, 0, 0)
+
+
+def raw_client(tmp_path: Path, name: str) -> socket.socket:
+    """A socket whose handshake is done."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(30)
+    sock.connect(str(tmp_path / f"{name}.sock"))
+    sock.recv(18, socket.MSG_WAITALL)
+    sock.sendall(struct.pack(">I", 3) + OPTION_GO)
+    while True:
+        _, _, kind, length = struct.unpack(">QIII", sock.recv(20, socket.MSG_WAITALL))
+        if length:
+            sock.recv(length, socket.MSG_WAITALL)
+        if kind == 1:
+            return sock
+
+
+def request(command: int, offset: int, length: int, flags: int = 0) -> bytes:
+    return struct.pack(">IHHQQI", 0x25609513, flags, command, 7, offset, length)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"GET / HTTP/1.0\r\n\r\n", bytes(4096), os.urandom(65536)],
+    ids=["http", "zeroes", "random"],
+)
+@pytest.mark.parametrize("phase", ["handshake", "transmission"])
+def test_garbage_ends_one_connection_with_one_clear_line(
+    service: Start, tmp_path: Path, garbage: bytes, phase: str
+) -> None:
+    running = service(ram(tmp_path, "a"))
+    if phase == "handshake":
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(30)
+        client.connect(str(tmp_path / "a.sock"))
+        client.recv(18, socket.MSG_WAITALL)
+    else:
+        client = raw_client(tmp_path, "a")
+    with client:
+        client.sendall(garbage)
+        try:
+            while client.recv(4096):
+                pass
+        except ConnectionResetError:
+            pass
+    assert "Traceback" not in running.log
+    nbdsh(tmp_path, "a", "h.pread(512, 0)")
+
+
+def test_a_request_for_4_gib_is_answered_with_an_error(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    with raw_client(tmp_path, "a") as client:
+        client.sendall(request(0, 0, 0xFFFFFE00))
+        magic, error, cookie = struct.unpack(">IIQ", client.recv(16, socket.MSG_WAITALL))
+        assert (magic, cookie) == (0x67446698, 7)
+        assert error != 0
+        client.sendall(request(0, 0, 512))
+        assert len(client.recv(16 + 512, socket.MSG_WAITALL)) == 528
+    with raw_client(tmp_path, "a") as client:
+        client.sendall(request(1, 0, 0xFFFFFE00))
+        assert client.recv(16) == b""
+    memory = running.workers()[0].memory_info().rss
+    assert memory < 256 * MIB
+
+
+def test_a_client_that_leaves_amid_a_payload_harms_nobody(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    with raw_client(tmp_path, "a") as client:
+        client.sendall(request(1, 0, 65536) + b"x" * 1000)
+    nbdsh(tmp_path, "a", "assert h.pread(65536, 0) == bytes(65536)")
+    assert "Traceback" not in running.log
+
+
+def test_a_client_that_reads_no_replies_is_bounded(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    with raw_client(tmp_path, "a") as client:
+        client.settimeout(1)
+        with pytest.raises(TimeoutError):  # nobody takes what exceeds the bounds
+            client.sendall(request(0, 0, 8 * MIB) * 1_000_000)
+        assert running.workers()[0].memory_info().rss < 256 * MIB
+        nbdsh(tmp_path, "a", "h.pread(512, 0)")
+
+
+# --- systemd ---
+
+
+def test_a_socket_of_systemd_is_served(service: Start, tmp_path: Path) -> None:
+    path = tmp_path / "activated.sock"
+    config = tmp_path / "activated.yaml"
+    config.write_text("disks: {a: {backend: malloc, size: 8MiB, listen: 'systemd:nbd'}}")
+    runtime_dir = tmp_path / "run"
+    code = f"""
+import os, sys
+os.dup2({{fd}}, 3, inheritable=True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', LISTEN_FDNAMES='nbd')
+os.execv(sys.executable, [sys.executable, '-m', 'reactor', '--cores', '0', '--runtime-dir',
+         {str(runtime_dir)!r}, '--config', {str(config)!r}])
+"""
+    with socket.socket(socket.AF_UNIX) as listener, (tmp_path / "log").open("wb") as log:
+        listener.bind(str(path))
+        listener.listen()
+        process = subprocess.Popen(
+            [sys.executable, "-c", code.format(fd=listener.fileno())],
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+        )
+        try:
+            run("nbdinfo", "--size", f"nbd+unix:///a?socket={path}")
+            worker = psutil.Process(process.pid).children()[0]
+            worker.kill()
+            run("nbdinfo", "--size", f"nbd+unix:///a?socket={path}")
+        finally:
+            process.terminate()
+            assert process.wait(30) == 0
+    assert path.exists(), "systemd's socket is not ours to remove"
