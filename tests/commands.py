@@ -71,3 +71,8 @@ def ctl(runtime_dir: Path, *arguments: str) -> str:
 def attached(device: str) -> bool:
     """Whether the kernel has the device configured."""
     return Path("/sys/block", Path(device).name, "pid").exists()
+
+
+def nbdsh(uri: str, script: str) -> str:
+    """Run a script of libnbd's shell, which needs the distribution's Python."""
+    return run("/usr/bin/python3", "-m", "nbd", "-u", uri, "-c", script)

@@ -109,7 +109,6 @@ class Controller:
         for worker in self._workers.values():
             worker.spawn()
         self._tick()
-        self._on_settled(None)
 
     def close(self) -> None:
         """Release everything; the workers are gone or are killed here."""
@@ -271,15 +270,17 @@ class Controller:
                     disk.step()
                 else:
                     disk.worker_lost()
-        self._end_if_stopped()
+        self._on_settled(None)
 
     def _on_settled(self, disk: DiskControl | None) -> None:
         if disk is not None and disk.desired == "gone":
             self._disks.pop(disk.spec.name, None)
         if self._stopping:
             self._end_if_stopped()
-        elif not self._ready and all(disk.settled for disk in self._disks.values()):
-            self._report_ready()
+        elif not self._ready:
+            up = all(worker.state in ("running", "failed") for worker in self._workers.values())
+            if up and all(disk.settled for disk in self._disks.values()):
+                self._report_ready()
 
     def _report_ready(self) -> None:
         self._ready = True

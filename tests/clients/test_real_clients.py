@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import fio_verify, run
+from tests.commands import fio_verify, nbdsh, run
 from tests.running import RunningService
 
 Start = Callable[..., RunningService]
@@ -116,11 +116,11 @@ for bad, error in ((lambda: h.pread(512, 32 << 20), 'EINVAL'),
         raise AssertionError(error)
 assert h.pread(4096, 65536 + 0) == b'x' * 4096
 """
-    run("nbdsh", "-u", uri(tmp_path, name), "-c", script)
+    nbdsh(uri(tmp_path, name), script)
 
 
 def test_a_read_of_the_null_disk_is_zeroes(running: RunningService, tmp_path: Path) -> None:
-    run("nbdsh", "-u", uri(tmp_path, "nil"), "-c", "assert h.pread(8192, 0) == bytes(8192)")
+    nbdsh(uri(tmp_path, "nil"), "assert h.pread(8192, 0) == bytes(8192)")
 
 
 def test_a_read_only_disk_refuses_writes(service: Start, tmp_path: Path) -> None:
@@ -142,4 +142,4 @@ for bad in (lambda: h.pwrite(b'y' * 512, 0), lambda: h.trim(512, 0), lambda: h.z
         raise AssertionError()
 assert h.pread(512, 0) == b'r' * 512
 """
-    run("nbdsh", "-u", uri(tmp_path, "ro"), "-c", script)
+    nbdsh(uri(tmp_path, "ro"), script)

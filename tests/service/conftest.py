@@ -21,5 +21,5 @@ def service(tmp_path: Path) -> Iterator[Callable[..., RunningService]]:
         return running
 
     yield start
-    for running in started:
+    for running in reversed(started):
         running.stop()

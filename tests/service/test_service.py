@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import commands
 from tests.commands import run
 from tests.running import RunningService
 
@@ -30,8 +31,7 @@ def ram(tmp_path: Path, *names: str, more: str = "") -> str:
 
 
 def nbdsh(tmp_path: Path, name: str, script: str) -> str:
-    uri = f"nbd+unix:///{name}?socket={tmp_path}/{name}.sock"
-    return run("nbdsh", "-u", uri, "-c", script)
+    return commands.nbdsh(f"nbd+unix:///{name}?socket={tmp_path}/{name}.sock", script)
 
 
 # --- start and stop ---
@@ -290,6 +290,7 @@ def test_garbage_ends_one_connection_with_one_clear_line(
         client = raw_client(tmp_path, "a")
     with client:
         client.sendall(garbage)
+        client.shutdown(socket.SHUT_WR)
         try:
             while client.recv(4096):
                 pass
