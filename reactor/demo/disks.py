@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -11,7 +12,7 @@ from typing import Final, Protocol
 
 from reactor.errors import ProtocolError, ReactorError
 from reactor.protocol.client import Negotiation, Transmission
-from reactor.protocol.wire import NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_WRITE
+from reactor.protocol.wire import NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_WRITE
 
 LENGTH_MAX: Final = 128 << 10  # bytes of one request
 DEPTH: Final = 32  # requests at a time over a socket
@@ -70,6 +71,8 @@ class SocketDisk:
         self.transfer(NBD_CMD_FLUSH, [0], 0)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # the peer may have gone first
+            self._sock.sendall(self._transmission.request(NBD_CMD_DISC, 0))
         self._sock.close()
 
     def _send(
