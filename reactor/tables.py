@@ -116,7 +116,7 @@ def _disk_row(disk: dict[str, Any]) -> list[str]:
         _number(disk["pid"]),
         disk["device"] or NOTHING,
         " ".join(disk["listen"]) or NOTHING,
-        count("clients"),
+        count("connections"),
         count("reads"),
         amount("read_bytes"),
         count("writes"),

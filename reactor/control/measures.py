@@ -64,7 +64,9 @@ def _measure_workers(workers: list[WorkerStatus]) -> Iterator[Family]:
 def _measure_disks(disks: list[DiskStatus]) -> Iterator[Family]:
     state = Family("nbd_reactor_disk_state", "gauge", "1 for the state that the disk is in.")
     size = Family("nbd_reactor_disk_size_bytes", "gauge", "The size of the disk.")
-    clients = Family("nbd_reactor_disk_clients", "gauge", "Connections, the kernel's included.")
+    connections = Family(
+        "nbd_reactor_disk_connections", "gauge", "Clients, and sockets of the kernel."
+    )
     counters = {
         key: Family(f"nbd_reactor_disk_{key}_total", "counter", text)
         for key, text in DISK_COUNTERS.items()
@@ -74,9 +76,9 @@ def _measure_disks(disks: list[DiskStatus]) -> Iterator[Family]:
         for possible in get_args(DiskState):
             state.add(int(disk.state == possible), disk=name, state=possible)
         size.add(disk.size, disk=name)
-        if "clients" in disk.statistics:
-            clients.add(disk.statistics["clients"], disk=name)
+        if "connections" in disk.statistics:
+            connections.add(disk.statistics["connections"], disk=name)
         for key, family in counters.items():
             if key in disk.statistics:
                 family.add(disk.statistics[key], disk=name)
-    yield from (state, size, clients, *counters.values())
+    yield from (state, size, connections, *counters.values())

@@ -50,7 +50,7 @@ class MemoryService:
             flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_TRIM
             if spec.readonly:
                 flags |= NBD_FLAG_READ_ONLY
-            counters = {"reads": 3, "read_bytes": 12288, "clients": 1}
+            counters = {"reads": 3, "read_bytes": 12288, "connections": 1}
             self._disks[spec.name] = DiskStatus(
                 spec, "online", "", 0, size, spec.block_size or 512, flags, None, counters
             )

@@ -49,8 +49,8 @@ def test_a_disk_is_made_shown_and_listed(running: RunningRpc, run: Run) -> None:
     assert (status, out) == (0, "d: online, 2MiB\n")
     status, out, _ = run("show", "d")
     assert out.startswith("disks:\n  d:\n    backend: malloc\n    size: 2MiB\n")
-    assert "\nstate:      online\n" in out
-    assert "worker:     core 0, pid 4242" in out
+    assert "\nstate:       online\n" in out
+    assert "worker:      core 0, pid 4242" in out
     header, line = run("list")[1].splitlines()
     assert header.index("SIZE") == line.index("2MiB")
     assert "REASON" not in header
