@@ -8,12 +8,14 @@ import random
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from hypothesis import settings
+
+from tests.running import RunningService
 
 SEED = int(os.environ.get("NBD_REACTOR_SEED") or random.SystemRandom().getrandbits(32))
 SETTLING_SECONDS = 5.0  # what is ending when a test returns may end
@@ -103,3 +105,18 @@ def _mapped() -> set[str]:
 
 def _devices() -> Iterator[str]:
     return (f"attached {path.parent}" for path in Path("/sys/block").glob("nbd*/pid"))
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Callable[..., RunningService]]:
+    """A factory of running services; each is stopped, and must stop cleanly, at the end."""
+    started: list[RunningService] = []
+
+    def start(config: str | None = None, *arguments: str, **settings: object) -> RunningService:
+        running = RunningService(tmp_path / f"s{len(started)}", config, *arguments, **settings)
+        started.append(running)
+        return running
+
+    yield start
+    for running in reversed(started):
+        running.stop()

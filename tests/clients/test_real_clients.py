@@ -86,7 +86,7 @@ def test_qemu_img_converts_and_compares(running: RunningService, tmp_path: Path,
 
 @DISKS
 def test_fio_verifies_over_the_socket(running: RunningService, tmp_path: Path, name: str) -> None:
-    fio_verify("unused", "16M", ioengine="nbd", uri=uri(tmp_path, name), filename="")
+    fio_verify("nbd", "16M", ioengine="nbd", uri=uri(tmp_path, name))
 
 
 @DISKS
