@@ -82,8 +82,12 @@ def read_disk(
     problems: Problems,
 ) -> Draft:
     """Return the disk `name`, with a spec when it has no problems; those are noted."""
-    schema, about_backend = _schema(own.get("backend", defaults.get("backend")), rules.schemas)
+    backend = own.get("backend", defaults.get("backend"))
+    schema, about_backend = _schema(backend, rules.schemas)
     keys = all_keys(rules.schemas) if schema is None else keys_of(schema)
+    if schema is None and backend is not None:
+        # Other keys may be right with the backend that is meant.
+        own = {key: entry for key, entry in own.items() if key in keys}
     given = {**{key: entry for key, entry in defaults.items() if key in keys}, **own}
     draft = Draft(name, here, given, problems)
     wrong = [*_convert(draft, keys, rules.directory)]

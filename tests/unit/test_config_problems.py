@@ -68,6 +68,20 @@ def test_a_backend_without_near_names(problems: Problems) -> None:
     ]
 
 
+def test_the_keys_of_a_backend_that_is_not_known_are_not_judged(problems: Problems) -> None:
+    assert problems("disks: {a: {backend: zfs, pool: tank, core: 9x}}") == [
+        '1: disks.a.core: expected a whole number, found "9x"',
+        '1: disks.a.backend: unknown backend "zfs"; there are broken, delay, file, malloc, null',
+    ]
+
+
+def test_a_misspelt_backend_key_is_unknown_and_the_backend_missing(problems: Problems) -> None:
+    assert problems("disks: {a: {bakend: malloc}}") == [
+        '1: disks.a.bakend: unknown key "bakend"; did you mean "backend"?',
+        "1: disks.a.backend: missing; there are broken, delay, file, malloc, null",
+    ]
+
+
 def test_a_backend_that_cannot_be_loaded(problems: Problems) -> None:
     assert problems("disks: {a: {backend: broken}}") == [
         "1: disks.a.backend: backend broken cannot be loaded: no module named 'rados'"
