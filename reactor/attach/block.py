@@ -131,23 +131,18 @@ class Device(ABC):
         except OSError as error:
             raise self.failure("cannot be flushed, recent writes may be lost", error) from error
 
-    def users(self) -> list[str]:
-        """Return who uses the device (mounts, stacked devices, open files), for a message."""
-        return occupants.users(self.path, self.index)
-
     def failure(self, what: str, error: OSError) -> DeviceError:
         """Return the DeviceError for `error`."""
         number = error.errno or errno.EIO
         return DeviceError(number, f"{self.path} {what}: {error.strerror or error}")
 
-    def await_release(self) -> None:
-        """Wait until the kernel has forgotten the configuration."""
+    def await_release(self, holder: int | None) -> None:
+        """Wait until the kernel has forgotten what the thread `holder` configured."""
         deadline = time.monotonic() + RELEASE_SECONDS
-        while sysfs.pid(self.index) is not None:
+        while holder is not None and sysfs.pid(self.index) == holder:
             if time.monotonic() > deadline:
-                users = occupants.listed(self.users()) or "somebody"
-                message = f"{self.path} is disconnected, but stays in use until {users} lets it go"
-                raise DeviceError(errno.EBUSY, message)
+                users = occupants.users(self.path, self.index)
+                raise occupants.still_used(self.path, users)
             time.sleep(BUSY_PAUSE_SECONDS)
 
 

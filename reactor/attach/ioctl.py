@@ -5,6 +5,7 @@ Source: include/uapi/linux/nbd.h and drivers/block/nbd.c.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -99,6 +100,7 @@ class IoctlDevice(Device):
         self._kernel_ends = kernel_ends
         self._lock = threading.Lock()  # _fd is open while it is held and _released is not set
         self._disconnect: threading.Thread | None = None
+        self._holder: int | None = None  # the thread's id, as in sysfs
         self._error: OSError | None = None
         self._returned = threading.Event()
         self._released = threading.Event()
@@ -141,12 +143,15 @@ class IoctlDevice(Device):
         if not self._returned.wait(STOP_SECONDS):
             log.warning("%s: the worker does not end its connection; it is cut", self.path)
             for end in self._kernel_ends:
-                end.shutdown(SHUT_RDWR)
+                with contextlib.suppress(OSError):  # closed meanwhile: the kernel has let go
+                    end.shutdown(SHUT_RDWR)
         if not self._released.wait(STOP_SECONDS):
             raise DeviceError(errno.ETIMEDOUT, f"{self.path} is not released by the kernel")
-        self.await_release()
+        # By now another may have the device.
+        self.await_release(self._holder)
 
     def _hold(self) -> None:
+        self._holder = threading.get_native_id()
         try:
             _ioctl(self._fd, NBD_DO_IT)
         except OSError as error:

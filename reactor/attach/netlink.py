@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from socket import MSG_DONTWAIT, MSG_PEEK, socket
 from typing import Final
 
-from reactor.attach import sysfs
+from reactor.attach import occupants, sysfs
 from reactor.attach.block import Attachment, Device, while_busy
 from reactor.attach.genetlink import U32, U64, Family, attribute, nested
 from reactor.errors import DeviceError, reason
@@ -110,6 +110,10 @@ class NetlinkDevice(Device):
     def reconnect(self, kernel_ends: Sequence[socket], worker_ends: Sequence[socket]) -> None:
         try:
             self._reconfigure("cannot be given a new socket", _sockets(kernel_ends))
+        except DeviceError as error:
+            if error.errno == errno.EINVAL and (users := occupants.users(self.path, self.index)):
+                raise occupants.still_used(self.path, users) from error
+            raise
         finally:
             for end in kernel_ends:
                 end.close()
@@ -126,10 +130,11 @@ class NetlinkDevice(Device):
         )
 
     def detach(self) -> None:
-        if sysfs.pid(self.index) is not None:
+        holder = sysfs.pid(self.index)
+        if holder is not None:
             self._check_ours()
             self._ask("cannot be detached", NBD_CMD_DISCONNECT)
-            self.await_release()
+            self.await_release(holder)
         if self._owner is not None:
             self._owner.close()
 

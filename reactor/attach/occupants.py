@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from reactor.attach import sysfs
+from reactor.errors import DeviceError
 
 PROC: Final = Path("/proc")
 TAG_PREFIX: Final = "nbd-reactor:"
@@ -20,7 +22,7 @@ def occupation(path: str, index: int) -> str:
     if thread is None:
         openers = processes_with(path)
         if openers:
-            return f"{path} is not attached, but is held open by {listed(openers)}"
+            return f"{path} is not attached, but is held open by {_listed(openers)}"
         return f"{path} is in use"
     tag = sysfs.backend(index)
     if tag is not None and tag.startswith(TAG_PREFIX):
@@ -57,8 +59,14 @@ def processes_with(path: str) -> list[str]:
     ]
 
 
-def listed(names: list[str]) -> str:
-    """Return a few of `names` as one phrase."""
+def still_used(path: str, found: list[str]) -> DeviceError:
+    """Return the error for a device that was disconnected under its users."""
+    names = _listed(found) or "somebody"
+    message = f"{path} is disconnected, but stays in use until {names} lets it go"
+    return DeviceError(errno.EBUSY, message)
+
+
+def _listed(names: list[str]) -> str:
     more = len(names) - NAMES_MAX
     return ", ".join(names[:NAMES_MAX]) + (f" and {more} more" if more > 0 else "")
 

@@ -1,0 +1,143 @@
+"""Devices by ioctl on a real kernel: they live and end with this process and their server."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reactor.attach import ioctl, sysfs
+from reactor.attach.device import attach
+from reactor.errors import DeviceError
+from reactor.protocol import wire
+from tests.kernel.conftest import FLAGS_ALL, SIZE, Attach, Server
+from tests.kernel.test_attach_netlink import size_of, wait_until, write, write_in_flight
+
+pytestmark = pytest.mark.kernel
+
+TAG = "nbd-reactor:test:memory"
+
+
+def test_twenty_devices_come_and_go(server: Server) -> None:
+    for _ in range(20):
+        device = attach(
+            "/dev/nbd0",
+            "ioctl",
+            tag=TAG,
+            size=SIZE,
+            block_size=512,
+            flags=FLAGS_ALL,
+            kernel_ends=[server.connect()],
+            timeout=None,
+            dead_timeout=60,
+        )
+        assert (device.path, device.way, sysfs.size(0)) == ("/dev/nbd0", "ioctl", SIZE)
+        device.detach()
+        assert sysfs.is_free(0)
+
+
+def test_what_is_written_to_the_device_is_in_the_disk(server: Server, attached: Attach) -> None:
+    device = attached(way="ioctl")
+    device.probe()
+    write(device.path, b"a", flags=os.O_DIRECT | os.O_DSYNC)
+    assert server.disk.data[:4096] == b"a" * 4096
+    assert (wire.NBD_CMD_WRITE, wire.NBD_CMD_FLAG_FUA) in server.disk.seen
+    write(device.path, b"b", flags=0)
+    device.flush()
+    assert server.disk.data[:4096] == b"b" * 4096
+
+
+def test_auto_takes_the_first_free_device(attached: Attach) -> None:
+    attached("/dev/nbd0", way="netlink")
+    with Path("/dev/nbd1").open("rb"):
+        assert attached("auto", way="ioctl").path == "/dev/nbd2"
+    assert attached("auto", way="ioctl").path == "/dev/nbd1"
+
+
+@pytest.mark.parametrize("size", [SIZE, (1 << 43) + 512])
+def test_sizes_pass_unharmed(attached: Attach, size: int) -> None:
+    assert sysfs.size(attached(way="ioctl", size=size).index) == size
+
+
+def test_the_size_follows_in_both_directions(attached: Attach) -> None:
+    device = attached(way="ioctl")
+    for size in (SIZE // 2, SIZE):
+        device.resize(size, 512)
+        assert size_of(device.path) == size
+
+
+def test_several_connections_are_served(server: Server, attached: Attach) -> None:
+    server.flags = FLAGS_ALL | wire.NBD_FLAG_CAN_MULTI_CONN
+    device = attached(way="ioctl", connections=2)
+    device.probe()
+
+
+def test_a_dead_server_fails_what_is_in_flight_and_frees_the_device(
+    server: Server, attached: Attach
+) -> None:
+    device = attached(way="ioctl")
+    with write_in_flight(server, device, b"a") as writing:
+        server.die()
+    assert writing.error is not None
+    assert writing.error.errno == errno.EIO
+    wait_until(lambda: sysfs.is_free(device.index))
+    device.detach()
+    with pytest.raises(DeviceError, match="not attached any more"):
+        device.resize(SIZE // 2, 512)
+    attached(device.path, way="ioctl").probe()
+
+
+def test_no_new_socket_can_be_given(attached: Attach) -> None:
+    device = attached(way="ioctl")
+    kernel_end, worker_end = socket.socketpair()
+    with worker_end, pytest.raises(DeviceError) as caught:
+        device.reconnect([kernel_end], [worker_end])
+    assert caught.value.errno == errno.EOPNOTSUPP
+    assert kernel_end.fileno() == -1
+    device.probe()
+
+
+def test_a_server_that_does_not_answer_is_cut(
+    server: Server, attached: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ioctl, "STOP_SECONDS", 1.0)
+    device = attached(way="ioctl")
+    with write_in_flight(server, device, b"a") as writing:
+        device.detach()
+    server.resume()
+    assert writing.error is not None
+    assert sysfs.is_free(device.index)
+
+
+def test_detaching_twice_is_harmless(attached: Attach) -> None:
+    device = attached(way="ioctl")
+    device.detach()
+    device.detach()
+
+
+def test_the_device_ends_with_its_process(server: Server) -> None:
+    code = f"""
+import socket, sys, time
+from reactor.attach.device import attach
+attach("/dev/nbd3", "ioctl", tag={TAG!r}, size={SIZE}, block_size=512, flags={FLAGS_ALL},
+       kernel_ends=[socket.socket(fileno=int(sys.argv[1]))], timeout=None, dead_timeout=60)
+print("up", flush=True)
+time.sleep(1000)
+"""
+    with server.connect() as kernel_end:
+        fd = kernel_end.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(fd)], pass_fds=[fd], stdout=subprocess.PIPE
+        )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        assert sysfs.size(3) == SIZE
+        process.send_signal(signal.SIGKILL)
+    wait_until(lambda: sysfs.is_free(3))
