@@ -71,14 +71,12 @@ class Decoder:
         self._begin = 0  # of the value being read
         self._position = 0  # everything before is scanned
         self._depth = 0
-        self._string_begin = -1  # of the string that the scan is in
+        self._in_string = False
 
     def feed(self, data: bytes) -> None:
         """Append what was received."""
         del self._buffer[: self._begin]
         self._position -= self._begin
-        if self._string_begin >= 0:
-            self._string_begin -= self._begin
         self._begin = 0
         self._buffer += data
 
@@ -89,7 +87,7 @@ class Decoder:
 
     def next(self) -> Any:
         """Return the next value or `INCOMPLETE`; raises StreamError."""
-        if not self._depth and self._string_begin < 0:
+        if not self._depth and not self._in_string:
             self._skip_whitespace()
         end = self._find_end()
         if end < 0:
@@ -110,7 +108,7 @@ class Decoder:
     def _find_end(self) -> int:
         """Return where the value ends, or -1."""
         buffer = self._buffer
-        if self._string_begin >= 0 and not self._end_string():
+        if self._in_string and not self._end_string():
             return -1
         if self._position == self._begin < len(buffer) and buffer[self._begin] not in b'"[{':
             return self._scalar_end()
@@ -121,7 +119,7 @@ class Decoder:
                 return -1
             self._position = mark.end()
             if buffer[mark.start()] == _QUOTE:
-                self._string_begin = mark.start()
+                self._in_string = True
                 if not self._end_string():
                     return -1
             else:
@@ -134,7 +132,7 @@ class Decoder:
         match = _STRING_END.match(self._buffer, self._position)
         if match is not None:
             self._position = match.end()
-            self._string_begin = -1
+            self._in_string = False
             return True
         # Go on behind the last whole character; a lone backslash needs the next byte.
         escaped = len(self._buffer)
