@@ -14,7 +14,18 @@ from reactor.config import BackendSchema
 from reactor.errors import ReactorError
 
 ENTRY_POINT_GROUP = "nbd_reactor.backends"
-_NOT_BACKENDS = {"api", "registry", "emulation", "uring"}
+_NOT_BACKENDS = {
+    "api",
+    "buffers",
+    "emulation",
+    "engine",
+    "filechannel",
+    "fileopen",
+    "linux",
+    "registry",
+    "threads",
+    "uring",
+}
 
 
 @cache

@@ -1,0 +1,53 @@
+"""What a channel needs for I/O that may block: operations that end later, off the loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+from backends.buffers import AlignedBuffer
+
+DEPTH: Final = 256  # operations in flight per engine
+
+#: Takes an operation's tag and its result: the bytes done, or minus an errno.
+Finished: TypeAlias = Callable[[Any, int], None]
+
+
+class Engine(ABC):
+    """Operations on one file descriptor, each of which ends in one call of `finished`.
+
+    `finished` is called in the loop, never from inside the methods here. The caller keeps
+    `in_flight` below `depth`, and lets the engine have a buffer until its operation ended.
+    What a turn queues starts together at its end; `rounds` counts these starts.
+    """
+
+    depth: int
+    in_flight: int = 0
+    rounds: int = 0
+
+    @abstractmethod
+    def read(self, buffer: AlignedBuffer, start: int, length: int, offset: int, tag: Any) -> None:
+        """Read `length` bytes at `offset` into `buffer`, from its byte `start` on."""
+
+    @abstractmethod
+    def write(
+        self, buffer: AlignedBuffer, start: int, length: int, offset: int, flags: int, tag: Any
+    ) -> None:
+        """Write `length` bytes of `buffer`, from its byte `start` on; `flags` are RWF_*."""
+
+    @abstractmethod
+    def datasync(self, tag: Any) -> None:
+        """Make what was written durable, as fdatasync does."""
+
+    @abstractmethod
+    def allocate(self, mode: int, offset: int, length: int, tag: Any) -> None:
+        """Punch, zero or allocate a range as fallocate does; `mode` is FALLOC_FL_*."""
+
+    @abstractmethod
+    def will_need(self, offset: int, length: int, tag: Any) -> None:
+        """Start to bring a range into the page cache."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. Nothing is in flight any more."""

@@ -1,0 +1,181 @@
+"""Opening what a file disk stands on: every check that can be made before it is served."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from backends.linux import NBD_MAJOR, direct_alignment, logical_block_size
+from reactor.log import logger
+
+# A new image is its owner's: what a disk holds is rarely everybody's business.
+IMAGE_MODE: Final = 0o600
+SMALLEST_BLOCK: Final = 512
+
+log = logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """An open regular file or block device. Sizes in bytes."""
+
+    path: str
+    fd: int
+    size: int
+    block_size: int
+    is_device: bool
+    direct: bool
+
+
+def open_file(options: Mapping[str, object], *, block_size: int | None, readonly: bool) -> OpenFile:
+    """Open, create or grow the file of a disk; raises OSError that names it and says why."""
+    path = str(options["path"])
+    wanted = options.get("size")
+    assert wanted is None or isinstance(wanted, int)
+    direct = bool(options.get("direct", False))
+    try:
+        status = Path(path).stat()
+    except FileNotFoundError:
+        if wanted is None:
+            raise _error(errno.ENOENT, path, "no such file, and no size to create it") from None
+        if readonly:
+            raise _error(errno.ENOENT, path, "no such file, and the disk is read-only") from None
+        _create(path, wanted)
+        status = Path(path).stat()
+    is_device = _require_storage(path, status)
+    fd = _open(path, is_device=is_device, readonly=readonly, direct=direct)
+    try:
+        if not is_device:
+            _lock(fd, path, readonly=readonly)
+        smallest = _smallest_block(fd, path, is_device=is_device, direct=direct)
+        block_size = block_size or smallest
+        if block_size < smallest:
+            problem = f"the block size {block_size} is below the {smallest} that I/O here needs"
+            raise _error(errno.EINVAL, path, problem)
+        size = _size(fd, path, wanted, block_size, is_device=is_device, readonly=readonly)
+        if direct:
+            _try_direct(fd, path, block_size)
+    except BaseException:
+        os.close(fd)
+        raise
+    return OpenFile(path, fd, size, block_size, is_device, direct)
+
+
+def _error(number: int, path: str, problem: str) -> OSError:
+    return OSError(number, problem, path)
+
+
+def _create(path: str, size: int) -> None:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, IMAGE_MODE)
+    except FileExistsError:  # someone was faster: it is opened like any other
+        return
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        Path(path).unlink()
+        raise _error(error.errno or errno.EIO, path, f"cannot be {size} bytes large") from error
+    finally:
+        os.close(fd)
+
+
+def _require_storage(path: str, status: os.stat_result) -> bool:
+    """Return whether it is a block device; raises OSError unless that or a regular file."""
+    mode = status.st_mode
+    if stat.S_ISDIR(mode):
+        raise _error(errno.EISDIR, path, "is a directory, not a regular file or block device")
+    if stat.S_ISBLK(mode):
+        if os.major(status.st_rdev) == NBD_MAJOR:
+            # A worker that opens a device of its own service waits for itself, for ever.
+            raise _error(errno.EINVAL, path, "is an nbd device, which could be served by us")
+        return True
+    if not stat.S_ISREG(mode):
+        raise _error(errno.EINVAL, path, "is not a regular file or block device")
+    return False
+
+
+def _open(path: str, *, is_device: bool, readonly: bool, direct: bool) -> int:
+    flags = os.O_RDONLY if readonly else os.O_RDWR
+    if direct:
+        flags |= os.O_DIRECT
+    if is_device and not readonly:
+        flags |= os.O_EXCL  # refused while it is mounted, or claimed by another program
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.EBUSY and is_device:
+            problem = "is mounted, or in use by another program"
+            raise _error(errno.EBUSY, path, problem) from None
+        if error.errno == errno.EINVAL and direct:
+            raise _no_direct(path) from None
+        raise
+
+
+def _no_direct(path: str) -> OSError:
+    return _error(errno.EINVAL, path, "the file system has no O_DIRECT: leave out `direct`")
+
+
+def _lock(fd: int, path: str, *, readonly: bool) -> None:
+    """Keep other disks and services away from a file that is written; it ends with the fd."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problem = "is in use by another disk or service"
+        raise _error(errno.EBUSY, path, problem) from None
+    except OSError as error:
+        log.warning("%s cannot be locked against other writers: %s", path, error.strerror)
+
+
+def _smallest_block(fd: int, path: str, *, is_device: bool, direct: bool) -> int:
+    smallest = logical_block_size(fd) if is_device else SMALLEST_BLOCK
+    if not direct:
+        return smallest
+    alignment = direct_alignment(fd)
+    if alignment == 0:
+        raise _no_direct(path)
+    return max(smallest, alignment or 0)
+
+
+def _size(
+    fd: int, path: str, wanted: int | None, block_size: int, *, is_device: bool, readonly: bool
+) -> int:
+    size = os.lseek(fd, 0, os.SEEK_END)
+    if wanted is not None and wanted != size:
+        if is_device:
+            raise _error(errno.EINVAL, path, f"is a device of {size} bytes: leave out `size`")
+        if wanted < size:
+            problem = f"has {size} bytes already and is not cut to {wanted}"
+            raise _error(errno.EINVAL, path, problem)
+    size = wanted or size
+    if size == 0:
+        raise _error(errno.EINVAL, path, "is empty")
+    if size % block_size:
+        problem = f"its size {size} is not a multiple of the block size {block_size}"
+        raise _error(errno.EINVAL, path, problem)
+    if size > os.lseek(fd, 0, os.SEEK_END):
+        if readonly:
+            problem = f"is smaller than {size} bytes, and the disk is read-only"
+            raise _error(errno.EINVAL, path, problem)
+        try:
+            os.ftruncate(fd, size)
+        except OSError as error:
+            problem = f"cannot grow to {size} bytes"
+            raise _error(error.errno or errno.EIO, path, problem) from error
+    return size
+
+
+def _try_direct(fd: int, path: str, block_size: int) -> None:
+    with mmap.mmap(-1, block_size) as block:
+        try:
+            os.preadv(fd, [block], 0)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise _error(error.errno or errno.EIO, path, "cannot be read") from error
+            raise _no_direct(path) from None

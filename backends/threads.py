@@ -1,0 +1,107 @@
+"""The engine for systems without io_uring, and for calls that io_uring does not know."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Final
+
+from backends.buffers import AlignedBuffer
+from backends.engine import DEPTH, Engine, Finished
+from backends.linux import fallocate
+from reactor.loop import Reactor
+
+THREADS: Final = 4
+
+Job = tuple[Callable[..., int | None], tuple[Any, ...], Any]
+
+
+class Threads(Engine):
+    """Blocking calls in a few threads, which start with the first operation."""
+
+    depth = DEPTH
+
+    def __init__(
+        self, reactor: Reactor, fd: int, finished: Finished, *, threads: int = THREADS
+    ) -> None:
+        self.kick_due = False
+        self._reactor = reactor
+        self._fd = fd
+        self._finished = finished
+        self._threads_max = threads
+        self._threads: list[threading.Thread] = []
+        self._queued: list[Job] = []
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._results: deque[tuple[Any, int]] = deque()
+
+    def read(self, buffer: AlignedBuffer, start: int, length: int, offset: int, tag: Any) -> None:
+        self.call(os.preadv, (self._fd, (buffer.view[start : start + length],), offset), tag)
+
+    def write(
+        self, buffer: AlignedBuffer, start: int, length: int, offset: int, flags: int, tag: Any
+    ) -> None:
+        data = (buffer.view[start : start + length],)
+        self.call(os.pwritev, (self._fd, data, offset, flags), tag)
+
+    def datasync(self, tag: Any) -> None:
+        self.call(os.fdatasync, (self._fd,), tag)
+
+    def allocate(self, mode: int, offset: int, length: int, tag: Any) -> None:
+        self.call(fallocate, (self._fd, mode, offset, length), tag)
+
+    def will_need(self, offset: int, length: int, tag: Any) -> None:
+        self.call(os.posix_fadvise, (self._fd, offset, length, os.POSIX_FADV_WILLNEED), tag)
+
+    def call(
+        self, function: Callable[..., int | None], arguments: tuple[Any, ...], tag: Any
+    ) -> None:
+        """Call `function(*arguments)` in a thread; None as its result counts as 0."""
+        self.in_flight += 1
+        self._queued.append((function, arguments, tag))
+        self._reactor.mark_kick(self)
+
+    def kick(self) -> None:
+        """Hand what the turn queued to the threads."""
+        if not self._queued:
+            return
+        self.rounds += 1
+        if not self._threads:
+            self._start_threads()
+        for job in self._queued:
+            self._jobs.put(job)
+        self._queued.clear()
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _start_threads(self) -> None:
+        for number in range(self._threads_max):
+            # A daemon: a call that hangs in a dead device must not keep the worker from exiting.
+            thread = threading.Thread(target=self._work, name=f"file-io-{number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            function, arguments, tag = job
+            try:
+                result = function(*arguments) or 0
+            except OSError as error:
+                result = -(error.errno or errno.EIO)
+            self._results.append((tag, result))
+            self._reactor.call_from_thread(self._reap)
+
+    def _reap(self) -> None:
+        # One wake-up may bring several results; those of the others then find nothing to do.
+        for _ in range(len(self._results)):
+            tag, result = self._results.popleft()
+            self.in_flight -= 1
+            self._finished(tag, result)

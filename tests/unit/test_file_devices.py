@@ -1,0 +1,200 @@
+"""The file backend on block devices and full file systems, which take root to make."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from reactor.protocol.wire import (
+    NBD_CMD_FLAG_FUA,
+    NBD_CMD_FLAG_NO_HOLE,
+    NBD_CMD_FLUSH,
+    NBD_CMD_READ,
+    NBD_CMD_TRIM,
+    NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES,
+)
+from tests.unit.file_disks import MIB, Open, Opened, opening, problem
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for losetup and mount"),
+    pytest.mark.skipif(
+        not Path("/dev/loop-control").exists(), reason="needs a kernel with loop devices"
+    ),
+]
+
+Device = Callable[..., Path]
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    yield from opening()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 4 MiB, in memory."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder))
+    yield folder
+    run("umount", str(folder))
+
+
+@pytest.fixture
+def device(small: Path) -> Iterator[Device]:
+    """Make block devices on files; torn down before `small`, on which they may stand."""
+    devices: list[str] = []
+
+    def attach(backing: Path, size: int, *options: str) -> Path:
+        with backing.open("wb") as file:
+            file.truncate(size)
+        devices.append(run("losetup", "--find", "--show", *options, str(backing)))
+        return Path(devices[-1])
+
+    yield attach
+    for name in devices:
+        run("losetup", "--detach", name)
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_block_device_does_everything(
+    tmp_path: Path, device: Device, opened: Open, *, direct: bool
+) -> None:
+    backing = tmp_path / "backing"
+    disk = opened(device(backing, 16 * MIB), direct=direct)
+    assert (disk.disk.size, disk.disk.block_size) == (16 * MIB, 512)
+    assert disk.disk.can_trim
+    assert disk.disk.can_write_zeroes
+    payload = os.urandom(4 * MIB)
+    disk.requester.write(MIB, payload)
+    disk.requester.write(512, b"x" * 512, NBD_CMD_FLAG_FUA)
+    assert disk.requester.do(NBD_CMD_FLUSH) == (0, b"")
+    assert disk.requester.read(MIB, 4 * MIB) == payload
+    assert backing.read_bytes()[MIB : 5 * MIB] == payload
+    before = backing.stat().st_blocks
+    flags = NBD_CMD_FLAG_FUA
+    assert disk.requester.do(NBD_CMD_TRIM, MIB, MIB, flags=flags) == (0, b"")
+    assert backing.stat().st_blocks <= before - MIB // 512
+    assert disk.requester.read(MIB, MIB) == bytes(MIB)
+    for flags in (0, NBD_CMD_FLAG_NO_HOLE):
+        disk.requester.write(2 * MIB, payload[:MIB])
+        assert disk.requester.do(NBD_CMD_WRITE_ZEROES, 2 * MIB, MIB, flags=flags) == (0, b"")
+        assert disk.requester.read(2 * MIB, MIB) == bytes(MIB)
+
+
+def test_the_logical_block_is_the_smallest(tmp_path: Path, device: Device, opened: Open) -> None:
+    path = device(tmp_path / "backing", MIB, "--sector-size", "4096")
+    text = "the block size 512 is below the 4096 that I/O here needs"
+    assert problem(opened, path, block_size=512) == (errno.EINVAL, text)
+    assert opened(path, direct=True).disk.block_size == 4096
+
+
+def test_direct_blocks_follow_the_device_below_the_file_system(
+    tmp_path: Path, device: Device, opened: Open
+) -> None:
+    path = device(tmp_path / "backing", 16 * MIB, "--sector-size", "4096")
+    run("mkfs.ext4", "-q", str(path))
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    run("mount", str(path), str(folder))
+    try:
+        disk = Opened(folder / "image", size=MIB, direct=True)
+        assert disk.disk.block_size == 4096
+        disk.requester.write(4096, b"x" * 4096)
+        assert disk.requester.read(4096, 4096) == b"x" * 4096
+        disk.close()
+        text = "is mounted, or in use by another program"
+        assert problem(opened, path) == (errno.EBUSY, text)
+        assert opened(path, readonly=True).requester.do(NBD_CMD_READ, 0, 4096)[0] == 0
+    finally:
+        run("umount", str(folder))
+
+
+def test_a_claimed_device_is_refused_for_writing(
+    tmp_path: Path, device: Device, opened: Open
+) -> None:
+    path = device(tmp_path / "backing", MIB)
+    opened(path)
+    text = "is mounted, or in use by another program"
+    assert problem(opened, path) == (errno.EBUSY, text)
+
+
+def test_a_device_has_its_own_size(tmp_path: Path, device: Device, opened: Open) -> None:
+    path = device(tmp_path / "backing", MIB)
+    text = f"is a device of {MIB} bytes: leave out `size`"
+    assert problem(opened, path, size=2 * MIB) == (errno.EINVAL, text)
+    disk = opened(path)
+    with pytest.raises(OSError, match=f"the device has only {MIB} bytes"):
+        disk.disk.resize(2 * MIB)
+
+
+def test_a_device_that_grew_can_be_shown_whole(
+    tmp_path: Path, device: Device, opened: Open
+) -> None:
+    path = device(tmp_path / "backing", MIB)
+    disk = opened(path)
+    os.truncate(tmp_path / "backing", 2 * MIB)
+    run("losetup", "--set-capacity", str(path))
+    disk.disk.resize(2 * MIB)
+    assert disk.requester.read(MIB, MIB) == bytes(MIB)
+
+
+def test_a_device_that_shrank_is_removed(tmp_path: Path, device: Device, opened: Open) -> None:
+    path = device(tmp_path / "backing", MIB)
+    disk = opened(path, direct=True)
+    os.truncate(tmp_path / "backing", MIB // 2)
+    run("losetup", "--set-capacity", str(path))
+    assert disk.requester.do(NBD_CMD_READ, MIB // 2, 4096) == (errno.EIO, b"")
+    assert disk.removal() == f"{path} shrank from {MIB} to {MIB // 2} bytes"
+
+
+def test_a_full_file_system_is_told_as_it_is(small: Path, opened: Open) -> None:
+    disk = opened(small / "thin", size=16 * MIB)
+    errors = [disk.requester.do(NBD_CMD_WRITE, index * MIB, 0, b"x" * MIB)[0] for index in range(8)]
+    assert errors == [0] * 4 + [errno.ENOSPC] * 4
+    assert disk.requester.read(0, MIB) == b"x" * MIB
+    assert disk.requester.do(NBD_CMD_TRIM, 0, 2 * MIB) == (0, b"")
+    disk.requester.write(8 * MIB, b"y" * MIB)
+    assert disk.events == []
+
+
+def test_lost_data_fails_every_later_flush(
+    small: Path, device: Device, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The page cache takes what the loop device cannot store: its backing file has no room.
+    disk = opened(device(small / "thin", 16 * MIB))
+    for index in range(8):
+        disk.requester.write(index * MIB, b"x" * MIB)
+    with caplog.at_level(logging.ERROR):
+        cookies = [disk.requester.submit(NBD_CMD_FLUSH) for _ in range(3)]
+        disk.requester.wait()
+    assert len({disk.requester.answers[cookie] for cookie in cookies}) == 1
+    assert disk.requester.answers[cookies[0]][0] in (errno.EIO, errno.ENOSPC)
+    assert len(caplog.records) == 1
+    assert disk.requester.do(NBD_CMD_FLUSH)[0] == disk.requester.answers[cookies[0]][0]
+    fua = disk.requester.do(NBD_CMD_WRITE, 0, 0, b"y" * 512, NBD_CMD_FLAG_FUA)
+    assert fua == disk.requester.answers[cookies[0]]
+    assert disk.requester.do(NBD_CMD_WRITE, 0, 0, b"y" * 512) == (0, b"")
+
+
+def test_direct_writes_that_find_no_room_fail_themselves(
+    small: Path, device: Device, opened: Open
+) -> None:
+    disk = opened(device(small / "thin", 16 * MIB), direct=True)
+    errors = [disk.requester.do(NBD_CMD_WRITE, index * MIB, 0, b"x" * MIB)[0] for index in range(8)]
+    assert errors[:3] == [0] * 3
+    assert errors[-1] in (errno.EIO, errno.ENOSPC)
+    assert disk.requester.do(NBD_CMD_FLUSH) == (0, b"")

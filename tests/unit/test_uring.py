@@ -1,0 +1,300 @@
+"""The engines, io_uring and threads, through one set of tests."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.buffers import FREE_BYTES_MAX, POOL_BYTES_MAX, AlignedBuffer, BufferPool
+from backends.engine import Engine
+from backends.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from backends.threads import Threads
+from backends.uring import Ring
+from reactor.loop import Reactor
+from tests.submitting import turn_until
+
+MIB = 1 << 20
+
+
+class Bench:
+    """An engine on a file of 1 MiB, with what it finished."""
+
+    def __init__(self, make: type[Ring] | type[Threads], path: Path) -> None:
+        self.content = os.urandom(MIB)
+        path.write_bytes(self.content)
+        self.path = path
+        self.fd = os.open(path, os.O_RDWR)
+        self.reactor = Reactor("interrupt")
+        self.results: list[tuple[Any, int]] = []
+        self.pool = BufferPool(lambda: None)
+        self.engine: Engine = make(self.reactor, self.fd, lambda *done: self.results.append(done))
+
+    def buffer(self, length: int) -> AlignedBuffer:
+        buffer = self.pool.take(length)
+        assert buffer is not None
+        return buffer
+
+    def wait(self) -> None:
+        turn_until(self.reactor, lambda: not self.engine.in_flight)
+
+    def result(self, start: Callable[..., None], *arguments: Any) -> int:
+        start(*arguments, "tag")
+        self.wait()
+        ((tag, result),) = self.results
+        assert tag == "tag"
+        self.results.clear()
+        return result
+
+    def close(self) -> None:
+        self.engine.close()
+        self.reactor.close()
+        os.close(self.fd)
+
+
+@pytest.fixture(params=[Ring, Threads])
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(request.param, tmp_path / "file")
+    yield bench
+    bench.close()
+
+
+def test_reads_into_the_middle_of_a_buffer(bench: Bench) -> None:
+    buffer = bench.buffer(4096)
+    assert bench.result(bench.engine.read, buffer, 512, 1024, 2048) == 1024
+    assert buffer.view[512:1536] == bench.content[2048:3072]
+    assert buffer.view[:512] == bytes(512)
+    assert buffer.view[1536:4096] == bytes(2560)
+
+
+def test_writes_from_the_middle_of_a_buffer(bench: Bench) -> None:
+    buffer = bench.buffer(4096)
+    buffer.view[:] = b"x" * 4096
+    buffer.view[512:1536] = b"y" * 1024
+    assert bench.result(bench.engine.write, buffer, 512, 1024, 2048, os.RWF_DSYNC) == 1024
+    expected = bench.content[:2048] + b"y" * 1024 + bench.content[3072:]
+    assert bench.path.read_bytes() == expected
+
+
+def test_reads_beyond_the_end_are_short(bench: Bench) -> None:
+    assert bench.result(bench.engine.read, bench.buffer(4096), 0, 4096, MIB - 512) == 512
+    assert bench.result(bench.engine.read, bench.buffer(4096), 0, 4096, MIB) == 0
+
+
+def test_syncs(bench: Bench) -> None:
+    assert bench.result(bench.engine.datasync) == 0
+
+
+def test_punches_holes(bench: Bench) -> None:
+    mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    assert bench.result(bench.engine.allocate, mode, 4096, 8192) == 0
+    expected = bench.content[:4096] + bytes(8192) + bench.content[12288:]
+    assert bench.path.read_bytes() == expected
+
+
+def test_advises(bench: Bench) -> None:
+    assert bench.result(bench.engine.will_need, 0, MIB) == 0
+
+
+def test_failures_are_negative_errnos(bench: Bench) -> None:
+    unknown_mode = 1 << 30
+    assert bench.result(bench.engine.allocate, unknown_mode, 0, 4096) == -errno.EOPNOTSUPP
+    fd = os.open(bench.path, os.O_RDONLY)
+    os.dup2(fd, bench.fd)
+    os.close(fd)
+    assert bench.result(bench.engine.write, bench.buffer(512), 0, 512, 0, 0) == -errno.EBADF
+
+
+def test_every_operation_of_a_full_engine_ends_once(bench: Bench) -> None:
+    depth = bench.engine.depth
+    buffers = [bench.buffer(4096) for _ in range(depth)]
+    for _ in range(5):  # more often than the queues have entries
+        for index, buffer in enumerate(buffers):
+            bench.engine.read(buffer, 0, 4096, index * 4096 % MIB, index)
+        bench.wait()
+        assert sorted(bench.results) == [(index, 4096) for index in range(depth)]
+        bench.results.clear()
+    for index, buffer in enumerate(buffers):
+        assert buffer.view == bench.content[index * 4096 % MIB :][:4096]
+
+
+def test_what_a_turn_queues_starts_in_one_round(bench: Bench) -> None:
+    for _ in range(32):
+        bench.engine.read(bench.buffer(4096), 0, 4096, 0, None)
+    before = bench.engine.rounds
+    bench.reactor.turn()
+    assert bench.engine.rounds == before + 1
+    bench.wait()
+
+
+def test_starts_more_from_inside_a_completion(bench: Bench) -> None:
+    left = 1000
+    buffer = bench.buffer(4096)
+
+    def again(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left:
+            bench.engine.read(buffer, 0, 4096, left * 512, None)
+
+    bench.engine._finished = again  # type: ignore[attr-defined]
+    bench.engine.read(buffer, 0, 4096, 0, None)
+    turn_until(bench.reactor, lambda: not left)
+
+
+def test_an_idle_engine_lets_the_loop_sleep(bench: Bench) -> None:
+    bench.result(bench.engine.read, bench.buffer(4096), 0, 4096, 0)
+    woken: list[bool] = []
+    bench.reactor.call_later(0.1, lambda: woken.append(True))
+    before = bench.reactor.turns
+    turn_until(bench.reactor, lambda: woken)
+    assert bench.reactor.turns <= before + 3
+
+
+def test_direct_reads_take_pooled_buffers(bench: Bench) -> None:
+    flags = os.O_RDWR | os.O_DIRECT
+    fd = os.open(bench.path, flags)
+    os.dup2(fd, bench.fd)
+    os.close(fd)
+    buffer = bench.buffer(MIB)
+    assert bench.result(bench.engine.read, buffer, 0, MIB, 0) == MIB
+    assert buffer.view == bench.content
+
+
+def test_closing_after_a_mark_is_harmless(bench: Bench) -> None:
+    bench.reactor.mark_kick(bench.engine)  # type: ignore[arg-type]
+    bench.engine.close()
+    bench.reactor.turn()
+    bench.engine.close = lambda: None  # type: ignore[method-assign]
+
+
+def test_a_ring_without_descriptors_fails_and_leaves_none(tmp_path: Path) -> None:
+    reactor = Reactor()
+    highest = max(int(fd.name) for fd in Path("/proc/self/fd").iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 10, hard))
+        held += _all_descriptors()
+        for _ in range(4):  # a ring needs four: at each shortage it must clean up
+            with pytest.raises(OSError, match="Too many open files"):
+                Ring(reactor, 0, lambda *_: None)
+            os.close(held.pop())
+        Ring(reactor, 0, lambda *_: None).close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in held:
+            os.close(fd)
+        reactor.close()
+
+
+def _all_descriptors() -> Iterator[int]:
+    while True:
+        try:
+            yield os.dup(0)
+        except OSError:
+            return
+
+
+SANDBOXED = """
+import ctypes, errno, struct, sys
+from backends.registry import backend
+from reactor import log
+from reactor.loop import Reactor
+from tests.submitting import Requester
+
+# A seccomp filter as container runtimes have it: io_uring_setup (425) answers EPERM.
+program = b"".join(struct.pack("=HBBI", *instruction) for instruction in (
+    (0x20, 0, 0, 0),  # load the number of the system call
+    (0x15, 0, 1, 425),
+    (0x06, 0, 0, 0x00050000 | errno.EPERM),
+    (0x06, 0, 0, 0x7FFF0000),
+))
+code = ctypes.create_string_buffer(program)
+fprog = struct.pack("HxxxxxxP", 4, ctypes.addressof(code))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, fprog, 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+log.set_up("test", "text", "info")
+for name in ("a", "b"):
+    reactor = Reactor()
+    disk = backend("file").create(
+        name, {"path": f"{sys.argv[1]}/{name}", "size": 1 << 20, "direct": True},
+        instance="test", reactor=reactor, block_size=None, readonly=False)
+    channel = disk.channel(reactor)
+    requester = Requester(reactor, channel)
+    requester.write(4096, b"data" * 1024)
+    assert requester.do(3) == (0, b"")
+    assert requester.read(4096, 4096) == b"data" * 1024
+    channel.close()
+    disk.close()
+    reactor.close()
+print("served")
+"""
+
+
+def test_where_io_uring_is_forbidden_threads_serve_after_one_warning(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SANDBOXED, str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "served\n", done.stderr
+    warning = "no io_uring (Operation not permitted): slower threads do the I/O of files"
+    assert [line for line in done.stderr.splitlines() if line.endswith(warning)]
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_buffers_are_aligned_and_large_enough() -> None:
+    pool = BufferPool(lambda: None)
+    for length in (1, 512, 4096, 4097, 65536, 32 * MIB):
+        buffer = pool.take(length)
+        assert buffer is not None
+        assert buffer.address % 4096 == 0
+        assert len(buffer.view) >= length
+        buffer.release()
+
+
+def test_the_pool_has_a_bound_and_says_when_it_has_room_again() -> None:
+    returned: list[bool] = []
+    pool = BufferPool(lambda: returned.append(True))
+    taken = []
+    while buffer := pool.take(32 * MIB):
+        taken.append(buffer)
+    assert len(taken) == POOL_BYTES_MAX // (32 * MIB)
+    assert pool.take(1) is None
+    taken.pop().release()
+    assert returned == [True]
+    assert pool.take(1) is not None
+
+
+def test_free_buffers_do_not_keep_others_from_being_made() -> None:
+    pool = BufferPool(lambda: None)
+    small = [pool.take(4096) for _ in range(2 * FREE_BYTES_MAX // 4096)]
+    for buffer in small:
+        assert buffer is not None
+        buffer.release()
+    assert pool._free_bytes == FREE_BYTES_MAX
+    large = [pool.take(32 * MIB) for _ in range(POOL_BYTES_MAX // (32 * MIB))]
+    assert None not in large
+    assert pool._free_bytes == 0
+
+
+def test_a_lent_view_outlives_its_pool() -> None:
+    pool = BufferPool(lambda: None)
+    buffer = pool.take(4096)
+    assert buffer is not None
+    buffer.view[:4] = b"data"
+    view = buffer.view[:4]
+    del pool, buffer
+    assert bytes(view) == b"data"
