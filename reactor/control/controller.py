@@ -351,13 +351,13 @@ class Controller:
         return disk
 
     def _detach_unclaimed(self) -> None:
-        """Free the devices that the kernel holds for disks which this service no longer has."""
+        """Free the devices that the kernel holds for a dead service and no disk of ours is on."""
         prefix = self._host.tag("")
         for tag in held(prefix):
-            name = tag.removeprefix(prefix)
-            device = adopt(tag) if name not in self._disks else None
+            disk = self._disks.get(tag.removeprefix(prefix))
+            device = adopt(tag) if disk is None or disk.device is None else None
             if device is not None:
-                log.warning("%s is detached: there is no disk %s any more", device.path, name)
+                log.warning("%s is detached: no disk is to be on it any more", device.path)
                 BlockingCall(
                     self.reactor,
                     f"detaching {device.path}",

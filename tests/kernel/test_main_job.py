@@ -142,6 +142,36 @@ def test_a_killed_controller_leaves_devices_that_the_next_one_takes_over(
     assert again.stop() == 0
 
 
+def test_on_exit_keep_holds_io_until_the_next_start(service: Start, tmp_path: Path) -> None:
+    config = two_disks("netlink", tmp_path / "vm1.img")
+    running = service(config, "--on-exit", "keep")
+    fio = [
+        subprocess.Popen(
+            fio_verify_command(device, "24M", loops="2"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for device in ("/dev/nbd0", "/dev/nbd1")
+    ]
+    for _ in range(2):
+        running.await_true(lambda: running.rpc("reactor_get_disks")[1]["statistics"] != {})
+        running.process.terminate()
+        assert running.process.wait(60) == 0
+        assert attached("/dev/nbd0")
+        assert attached("/dev/nbd1")
+        running = service(config, "--on-exit", "keep", runtime_dir=running.runtime_dir)
+    for process in fio:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output.decode()
+    running.process.terminate()
+    assert running.process.wait(60) == 0
+    # A config that asks for no devices gives them back.
+    last = service("disks: {ram0: {backend: malloc, size: 64MiB}}", runtime_dir=running.runtime_dir)
+    running.await_true(lambda: not attached("/dev/nbd0") and not attached("/dev/nbd1"))
+    last.stop()
+
+
 def test_a_device_of_another_program_is_refused_and_untouched(
     service: Start, tmp_path: Path
 ) -> None:

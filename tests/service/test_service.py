@@ -367,3 +367,13 @@ os.execv(sys.executable, [sys.executable, '-m', 'reactor', '--cores', '0', '--ru
             process.terminate()
             assert process.wait(30) == 0
     assert path.exists(), "systemd's socket is not ours to remove"
+
+
+# --- no kernel driver ---
+
+
+@pytest.mark.skipif(Path("/sys/module/nbd").exists(), reason="this kernel has the nbd driver")
+def test_without_the_driver_a_device_is_refused_with_the_cure(service: Start) -> None:
+    running = service("disks: {a: {backend: malloc, size: 1MiB, device: /dev/nbd0}}")
+    line = running.await_line("disk a failed:")
+    assert line.endswith("the kernel has no nbd driver loaded; load it with: modprobe nbd")
