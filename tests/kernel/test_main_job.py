@@ -155,7 +155,7 @@ def test_on_exit_keep_holds_io_until_the_next_start(service: Start, tmp_path: Pa
         for device in ("/dev/nbd0", "/dev/nbd1")
     ]
     for _ in range(2):
-        running.await_true(lambda: running.rpc("reactor_get_disks")[1]["statistics"] != {})
+        running.await_state("vm1", "online")
         running.process.terminate()
         assert running.process.wait(60) == 0
         assert attached("/dev/nbd0")
