@@ -186,8 +186,7 @@ class Connection:
     def _take_trailing(self, trailing: bytes) -> None:
         self._receiver.recv_space()[: len(trailing)] = trailing
         self._backlog = self._receiver.received(len(trailing))
-        self._paused = True
-        self._reactor.mark_flush(self)
+        self._submitted()
 
     # --- submitting ---
 

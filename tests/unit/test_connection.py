@@ -1,0 +1,627 @@
+"""One connection on a real socket pair: order, bounds, errors, and every way it ends."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+
+import pytest
+
+from backends.api import DONE, Buffer, Request
+from reactor.data.connection import BYTES_MAX, FAILURES_LOGGED, QUEUE_MAX
+from reactor.loop import READABLE, WRITABLE
+from reactor.protocol.wire import MAX_PAYLOAD
+from tests.unit.pumping import CallChannel, HeldChannel, Lent, Pump, null_disk, pattern
+from tests.unit.requests import EVERYTHING, READ_ONLY, export, replies, reply, request
+
+READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES = range(7)
+FUA = 1
+
+
+def raising(error: Exception) -> CallChannel:
+    def fail(_request: Request) -> Buffer | None:
+        raise error
+
+    return CallChannel(null_disk(), fail)
+
+
+def test_requests_are_answered_in_one_receive_and_one_send() -> None:
+    with Pump() as pump:
+        stream = b"".join(
+            [
+                request(READ, 0, 512, cookie=1),
+                request(WRITE, 512, cookie=2, payload=bytes(512)),
+                request(FLUSH, cookie=3),
+                request(TRIM, 0, 512, cookie=4),
+                request(CACHE, 0, 512, cookie=5),
+                request(ZEROES, 0, 512, cookie=6),
+            ]
+        )
+        answer = pump.ask(stream, _1=512)
+        assert answer == [(1, 0, bytes(512))] + [(cookie, 0, b"") for cookie in range(2, 7)]
+        connection = pump.connection
+        assert (connection.receives, connection.sends) == (1, 1)
+        assert (connection.reads, connection.read_bytes) == (1, 512)
+        assert (connection.writes, connection.written_bytes) == (1, 512)
+        assert (connection.flushes, connection.zeroes, connection.errors) == (1, 1, 0)
+        assert (connection.trims, connection.trimmed_bytes) == (1, 512)
+
+
+@pytest.mark.parametrize("command", [READ, WRITE])
+def test_at_depth_32_there_are_two_system_calls_for_32_requests(command: int) -> None:
+    with Pump() as pump:
+        payload = bytes(4096) if command == WRITE else b""
+        stream = b"".join(request(command, 0, 4096, cookie=i, payload=payload) for i in range(32))
+        for _ in range(50):
+            if command == READ:  # a write of 132 KiB is received in as many pieces as it came
+                assert pump.client.send(stream) == len(stream)
+            else:
+                pump.send(stream)
+            pump.receive(32 * (16 + (4096 if command == READ else 0)))
+        connection = pump.connection
+        assert connection.reads + connection.writes == 32 * 50
+        pieces = 1 if command == READ else 4
+        assert connection.receives <= 50 * pieces
+        assert connection.sends <= 50 * pieces
+
+
+def test_a_thousand_replies_leave_in_gathered_sends() -> None:
+    with Pump() as pump:
+        stream = b"".join(request(READ, 0, 512, cookie=i) for i in range(1000))
+        pump.send(stream)
+        received = pump.receive(1000 * (16 + 512))
+        found = replies(received, dict.fromkeys(range(1000), 512))
+        assert [cookie for cookie, _, _ in found] == list(range(1000))
+        assert pump.connection.sends <= 10
+
+
+def test_a_short_send_keeps_its_place_and_arms_epollout_until_all_has_left() -> None:
+    with Pump(send_buffer=4096) as pump:
+        pump.send(request(READ, 0, 1 << 20, cookie=1))
+        pump.turns()
+        assert pump.connection._events & WRITABLE
+        sends = pump.connection.sends
+        pump.turns(20)
+        assert pump.connection.sends == sends, "it tried again without being told to"
+        assert pump.receive(16 + (1 << 20)) == reply(1, data=bytes(1 << 20))
+        pump.turns()
+        assert pump.connection._events == READABLE
+
+
+def test_epollout_is_never_armed_while_sends_are_whole() -> None:
+    with Pump() as pump:
+        modified: list[int] = []
+        modify = pump.reactor.modify_fd
+        pump.reactor.modify_fd = lambda fd, events: (modified.append(events), modify(fd, events))[1]  # type: ignore[method-assign]
+        for _ in range(20):
+            pump.ask(request(READ, 0, 4096), _1=4096)
+        assert not modified
+
+
+@pytest.mark.parametrize("size", [2048, 5000, 20_000])
+def test_whatever_the_socket_takes_the_stream_is_the_same(size: int) -> None:
+    disk = null_disk(8 << 20)
+    channel = CallChannel(disk, lambda r: pattern(r[3], r[4]) if r[0] == READ else DONE)
+    with Pump(channel, export=export(size=8 << 20), send_buffer=size) as pump:
+        lengths = {i: 512 * (1 + i % 40) for i in range(200)}
+        stream = b"".join(request(READ, 512 * i, length, cookie=i) for i, length in lengths.items())
+        pump.send(stream)
+        expected = b"".join(
+            reply(i, data=pattern(512 * i, length)) for i, length in lengths.items()
+        )
+        assert pump.receive(len(expected)) == expected
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        (request(42, 0, 512), 22),
+        (request(READ, 1 << 20, 512), 22),
+        (request(READ, 0, 100), 22),
+        (request(READ, 0, 512, flags=1 << 14), 22),
+        (request(WRITE, 1 << 20, payload=bytes(512)), 28),
+        (request(WRITE, 0, payload=bytes(100)), 22),
+        (request(WRITE, (1 << 64) - 512, payload=bytes(1024)), 28),
+        (request(TRIM, 1 << 20, 512), 22),
+        (request(ZEROES, 1 << 20, 512), 28),
+        (request(FLUSH, 512, 0), 22),
+        (request(READ, 0, 0xFFFFFFFF - 511), 22),
+    ],
+)
+def test_a_bad_request_gets_its_error_and_the_connection_lives(bad: bytes, expected: int) -> None:
+    with Pump() as pump:
+        answer = pump.ask(bad + request(READ, 0, 512, cookie=2), _2=512)
+        assert answer == [(1, expected, b""), (2, 0, bytes(512))]
+        assert pump.connection.errors == 1
+        assert not pump.closed
+
+
+def test_a_write_to_a_read_only_export_is_consumed_and_refused() -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held, export=export(size=64 << 20, flags=EVERYTHING | READ_ONLY)) as pump:
+        pump.send(request(WRITE, payload=bytes(512), cookie=1))
+        pump.send(request(WRITE, payload=bytes(MAX_PAYLOAD), cookie=2))
+        pump.send(request(TRIM, 0, 512, cookie=3))
+        assert pump.receive(48) == reply(1, 1) + reply(2, 1) + reply(3, 1)
+        assert not held.submitted
+
+
+def test_a_read_of_4_gib_is_refused_without_memory_for_it() -> None:
+    with Pump(export=export(size=1 << 40), disk=null_disk(1 << 40)) as pump:
+        assert pump.ask(request(READ, 0, 0xFFFFFE00)) == [(1, errno.EOVERFLOW, b"")]
+
+
+@pytest.mark.parametrize("command", [READ, WRITE, TRIM, CACHE, ZEROES])
+def test_a_request_of_length_0_succeeds_without_the_backend(command: int) -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held) as pump:
+        assert pump.ask(request(command, 0, 0)) == [(1, 0, b"")]
+        assert not held.submitted
+
+
+def test_a_write_with_fua_reaches_the_backend_with_its_flag() -> None:
+    flags: list[int] = []
+
+    def note(request: Request) -> Buffer | None:
+        flags.append(request[1])
+        return DONE
+
+    with Pump(CallChannel(null_disk(), note)) as pump:
+        assert pump.ask(request(WRITE, payload=bytes(512), flags=FUA)) == [(1, 0, b"")]
+    assert flags == [FUA]
+
+
+# --- failures of the backend ---
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(errno.ENOSPC, 28), (errno.EIO, 5), (errno.EDQUOT, 28), (errno.EROFS, 1), (errno.EBADF, 5)],
+)
+def test_a_failure_of_the_backend_is_answered_with_its_errno(number: int, expected: int) -> None:
+    with Pump(raising(OSError(number, "no"))) as pump:
+        for _ in range(2):
+            answer = pump.ask(request(WRITE, payload=bytes(512)))
+            assert answer == [(1, expected, b"")]
+        assert pump.connection.errors == 2
+        assert pump.connection.bugs == 0
+
+
+def test_a_bug_in_a_backend_is_logged_counted_and_answered_with_eio(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with Pump(raising(ZeroDivisionError("oops"))) as pump:
+        assert pump.ask(request(READ, 512, 512)) == [(1, 5, b"")]
+        assert pump.ask(request(READ, 512, 512)) == [(1, 5, b"")]
+        assert pump.connection.bugs == 2
+    assert "read of 512 bytes at 512 failed: oops" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+def test_failures_do_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with Pump(raising(OSError(errno.EIO, "no"))) as pump:
+        pump.send(request(READ, 0, 512) * 500)
+        pump.receive(500 * 16)
+        assert pump.connection.errors == 500
+    failed = [record for record in caplog.records if "failed" in record.message]
+    assert len(failed) == FAILURES_LOGGED
+
+
+@pytest.mark.parametrize("returned", [b"", bytes(511), bytes(513)])
+def test_a_read_of_the_wrong_length_is_never_sent(returned: bytes) -> None:
+    channel = CallChannel(null_disk(), lambda _: returned)
+    with Pump(channel) as pump:
+        assert pump.ask(request(READ, 0, 512) + request(READ, 0, 512, cookie=2)) == [
+            (1, 5, b""),
+            (2, 5, b""),
+        ]
+        assert pump.connection.bugs == 2
+
+
+def test_a_pending_read_of_the_wrong_length_is_never_sent() -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held) as pump:
+        pump.ask(request(READ, 0, 512))
+        held.finish(data=bytes(100))
+        assert pump.receive(16) == reply(1, 5)
+        assert pump.connection.bugs == 1
+
+
+# --- pending requests ---
+
+
+def test_completions_in_any_order_answer_each_cookie_once() -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held) as pump:
+        pump.ask(b"".join(request(READ, 512 * i, 512, cookie=i) for i in range(8)))
+        for index in (3, 0, 5, 1, 3, 2, 1, 0):
+            held.finish(index)
+        pump.turns()
+        found = replies(pump.drain_client(), dict.fromkeys(range(8), 512))
+        assert sorted(found) == [(i, 0, pattern(512 * i, 512)) for i in range(8)]
+        assert pump.connection.sends == 1
+        assert pump.connection.reads == 8
+        assert pump.connection.idle
+
+
+def test_a_pending_failure_is_answered() -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held) as pump:
+        pump.ask(request(WRITE, payload=bytes(512)) + request(FLUSH, cookie=2))
+        held.finish(error=errno.ENOSPC)
+        held.finish()
+        pump.turns()
+        assert replies(pump.drain_client(), {}) == [(1, 28, b""), (2, 0, b"")]
+        assert (pump.connection.writes, pump.connection.flushes) == (0, 1)
+
+
+def test_a_lent_buffer_is_released_when_its_data_has_left_and_not_before() -> None:
+    held, lent = HeldChannel(null_disk()), Lent()
+    with Pump(held, send_buffer=4096) as pump:
+        pump.ask(request(READ, 0, 1 << 20))
+        held.finish(lent=lent)
+        pump.turns()
+        assert lent.released == 0
+        pump.receive(16 + (1 << 20) - 1)
+        pump.turns()
+        pump.receive(1)
+        assert lent.released == 1
+
+
+@pytest.mark.parametrize("when", ["before completion", "after completion", "on failure"])
+def test_a_lent_buffer_is_released_once_though_the_peer_is_gone(when: str) -> None:
+    held, lent = HeldChannel(null_disk()), Lent()
+    with Pump(held, send_buffer=4096) as pump:
+        pump.ask(request(READ, 0, 1 << 20))
+        if when == "before completion":
+            pump.client.close()
+            pump.until(lambda: pump.connection._closed)
+            assert not pump.closed
+            held.finish(lent=lent)
+        else:
+            held.finish(lent=lent, error=errno.EIO if when == "on failure" else 0)
+            pump.turns()
+            pump.client.close()
+        pump.until(lambda: pump.closed)
+        assert lent.released == 1
+
+
+# --- bounds ---
+
+
+def test_a_flood_of_small_requests_is_bounded() -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held) as pump:
+        pump.send(b"".join(request(FLUSH, cookie=i) for i in range(QUEUE_MAX * 3)))
+        pump.turns(20)
+        assert QUEUE_MAX <= len(held.pending) <= 2 * QUEUE_MAX
+        assert not pump.connection._events & READABLE
+        seen = []
+        for _ in range(50):
+            seen += [cookie for cookie, *_ in held.submitted]
+            held.submitted.clear()
+            held.finish_all()
+            pump.turns(2)
+        assert seen == list(range(QUEUE_MAX * 3))
+        assert pump.connection.flushes == QUEUE_MAX * 3
+        assert pump.connection._events == READABLE
+
+
+def test_a_peer_that_reads_no_replies_is_bounded() -> None:
+    with Pump() as pump:
+        flood = request(FLUSH) * 1000
+        for _ in range(200):
+            pump.turns(2)
+            try:
+                pump.client.send(flood)
+            except BlockingIOError:
+                break
+        else:
+            pytest.fail("the connection received without end")
+        outgoing = pump.connection._outgoing
+        assert len(outgoing.buffers) <= 4 * QUEUE_MAX
+
+
+def test_28_bytes_that_ask_for_32_mib_count_as_32_mib() -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held, export=export(size=1 << 30)) as pump:
+        pump.send(b"".join(request(READ, 0, 16 << 20, cookie=i) for i in range(20)))
+        pump.turns(20)
+        assert len(held.pending) == BYTES_MAX // (16 << 20)
+        for _ in range(18):
+            held.finish(error=errno.EIO)
+            pump.turns()
+            assert len(held.pending) <= BYTES_MAX // (16 << 20)
+        assert [cookie for cookie, *_ in held.submitted] == list(range(20))
+
+
+def test_large_reads_that_nobody_takes_are_bounded_by_their_bytes() -> None:
+    with Pump(export=export(size=1 << 30), disk=null_disk(1 << 30), send_buffer=65536) as pump:
+        pump.send(b"".join(request(READ, 0, MAX_PAYLOAD, cookie=i) for i in range(100)))
+        pump.turns(50)
+        assert pump.connection._outgoing.waiting <= BYTES_MAX + MAX_PAYLOAD
+        assert not pump.connection._events & READABLE
+
+
+def test_payloads_stay_valid_while_they_wait() -> None:
+    held = HeldChannel(null_disk(), room=2)
+    with Pump(held) as pump:
+        payloads = [bytes([i]) * 512 for i in range(40)]
+        pump.send(
+            b"".join(request(WRITE, 512 * i, cookie=i, payload=p) for i, p in enumerate(payloads))
+        )
+        pump.turns()
+        pump.send(request(WRITE, 0, cookie=99, payload=b"\xff" * 512))  # must not be received over
+        pump.turns()
+        while held.pending:
+            held.finish_all()
+            pump.turns()
+        assert [entry[3] for entry in held.submitted] == [*payloads, b"\xff" * 512]
+
+
+def test_a_busy_channel_gets_everything_in_order_and_nothing_twice() -> None:
+    held = HeldChannel(null_disk(), room=3)
+    with Pump(held) as pump:
+        pump.send(b"".join(request(READ, 512 * i, 512, cookie=i) for i in range(100)))
+        pump.turns()
+        assert [cookie for cookie, *_ in held.submitted] == [0, 1, 2]
+        while held.pending:
+            held.finish_all()
+            pump.turns()
+        assert [cookie for cookie, *_ in held.submitted] == list(range(100))
+        assert pump.connection.reads == 100
+        assert pump.connection._events == READABLE
+
+
+# --- ending ---
+
+
+def test_disconnect_finishes_what_is_in_flight_and_closes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    held = HeldChannel(null_disk())
+    with Pump(held) as pump:
+        pump.ask(request(READ, 0, 512) + request(DISC) + request(READ, 0, 512, cookie=2))
+        assert not pump.closed
+        held.finish()
+        pump.until(lambda: pump.closed)
+        assert pump.drain_client() == reply(1, data=pattern(0, 512))
+        assert pump.client.recv(1) == b""
+        assert pump.closed == ["the client disconnected"]
+        assert len(held.submitted) == 1
+    assert caplog.text.count("the client disconnected") == 1
+
+
+def test_the_end_of_the_stream_finishes_what_is_in_flight() -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held) as pump:
+        pump.send(request(READ, 0, 512))
+        pump.client.shutdown(socket.SHUT_WR)
+        pump.turns()
+        held.finish()
+        pump.until(lambda: pump.closed)
+        assert pump.drain_client() == reply(1, data=pattern(0, 512))
+
+
+def test_a_peer_that_closes_in_the_middle_of_a_payload_is_told_apart() -> None:
+    with Pump() as pump:
+        pump.send(request(WRITE, payload=bytes(4096))[:1000])
+        pump.turns()
+        pump.client.close()
+        pump.until(lambda: pump.closed)
+        assert pump.closed == ["the peer closed it in the middle of a request"]
+
+
+def test_a_peer_that_is_gone_while_nothing_is_received_ends_the_connection() -> None:
+    held = HeldChannel(null_disk(), room=1)
+    with Pump(held) as pump:
+        pump.send(request(READ, 0, 512) * 3)
+        pump.turns()
+        pump.client.close()
+        pump.until(lambda: pump.connection._closed)
+        assert not pump.closed, "a request is still in flight"
+        held.finish_all()
+        pump.until(lambda: pump.closed)
+        assert len(held.submitted) == 1
+
+
+def test_a_reset_ends_the_connection() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(listener.getsockname())
+    served, _ = listener.accept()
+    listener.close()
+    with Pump() as pump:
+        pump.client.close()
+        pump.until(lambda: pump.closed)
+        pump.closed.clear()
+        pump.served = served
+        pump.connection = type(pump.connection)(
+            pump.reactor, served, pump.export, pump.channel, pump._on_closed
+        )
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        pump.until(lambda: pump.closed)
+        assert "reset" in pump.closed[0]
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"GET / HTTP/1.1\r\nHost: disk\r\n\r\n", bytes(28), b"\xff" * 99]
+)
+def test_garbage_ends_the_connection_after_the_replies_that_are_due(garbage: bytes) -> None:
+    with Pump() as pump:
+        pump.send(request(READ, 0, 512) + garbage)
+        pump.until(lambda: pump.closed)
+        assert pump.drain_client() == reply(1, data=bytes(512))
+        assert "magic" in pump.closed[0]
+
+
+def test_a_write_beyond_32_mib_ends_the_connection() -> None:
+    with Pump() as pump:
+        pump.send(request(WRITE, 0, MAX_PAYLOAD + 1))
+        pump.until(lambda: pump.closed)
+        assert str(MAX_PAYLOAD) in pump.closed[0]
+
+
+def test_drain_answers_what_was_received_and_receives_no_more() -> None:
+    held = HeldChannel(null_disk(), room=2)
+    with Pump(held) as pump:
+        pump.ask(b"".join(request(READ, 0, 512, cookie=i) for i in range(5)))
+        pump.connection.drain(60)
+        pump.turns()
+        pump.send(request(READ, 0, 512, cookie=9))
+        while held.pending:
+            held.finish_all()
+            pump.turns()
+        pump.until(lambda: pump.closed)
+        found = replies(pump.drain_client(), dict.fromkeys(range(5), 512))
+        assert [cookie for cookie, _, _ in found] == list(range(5))
+        assert pump.closed == ["drained"]
+
+
+def test_drain_of_an_idle_connection_closes_it() -> None:
+    with Pump() as pump:
+        assert pump.connection.idle
+        pump.connection.drain(60)
+        pump.until(lambda: pump.closed)
+        assert pump.closed == ["drained"]
+
+
+def test_drain_ends_by_force_at_its_deadline() -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held) as pump:
+        pump.ask(request(READ, 0, 512))
+        pump.connection.drain(0)
+        pump.until(lambda: pump.connection._closed)
+        assert pump.client.recv(1) == b""
+        assert not pump.closed, "a request is still in flight"
+        held.finish()
+        pump.until(lambda: pump.closed)
+        assert len(pump.closed) == 1
+        assert "not finished in 0 s" in pump.closed[0]
+
+
+def test_a_second_drain_shortens_the_deadline() -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held) as pump:
+        pump.ask(request(READ, 0, 512))
+        pump.connection.drain(3600)
+        pump.connection.drain(0)
+        pump.until(lambda: pump.connection._closed)
+        held.finish()
+        pump.until(lambda: pump.closed)
+
+
+def test_drain_ends_though_the_peer_takes_no_replies() -> None:
+    with Pump(send_buffer=4096) as pump:
+        pump.send(request(READ, 0, 1 << 20))
+        pump.turns()
+        pump.connection.drain(0)
+        pump.until(lambda: pump.closed)
+
+
+def test_refuse_answers_everything_with_eshutdown_and_finishes_what_is_in_flight() -> None:
+    held = HeldChannel(null_disk(), room=1)
+    with Pump(held, export=export(size=64 << 20)) as pump:
+        pump.ask(b"".join(request(READ, 0, 512, cookie=i) for i in range(3)))
+        pump.connection.refuse()
+        pump.turns()
+        assert replies(pump.drain_client(), {}) == [(1, 108, b""), (2, 108, b"")]
+        held.finish()
+        pump.turns()
+        assert replies(pump.drain_client(), {0: 512}) == [(0, 0, pattern(0, 512))]
+        pump.send(request(WRITE, cookie=7, payload=bytes(8 << 20)) + request(FLUSH, cookie=8))
+        assert pump.receive(32) == reply(7, 108) + reply(8, 108)
+        assert len(held.submitted) == 1
+        assert pump.connection.idle
+        pump.send(request(DISC))
+        pump.until(lambda: pump.closed)
+
+
+def test_close_is_at_once_and_reported_once() -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held) as pump:
+        pump.ask(request(READ, 0, 512))
+        pump.connection.close("because")
+        pump.connection.close("again")
+        assert pump.client.recv(1) == b""
+        pump.turns()
+        assert not pump.closed
+        held.finish()
+        pump.turns()
+        pump.connection.drain(0)
+        pump.turns()
+        assert pump.closed == ["because"]
+
+
+def test_close_from_inside_a_submit_is_survived() -> None:
+    pump: Pump
+
+    def close(_request: Request) -> Buffer | None:
+        pump.connection.close("removed")
+        assert not pump.closed
+        return DONE
+
+    with Pump(CallChannel(null_disk(), close)) as pump:
+        pump.send(request(FLUSH) * 3)
+        pump.until(lambda: pump.closed)
+        assert pump.closed == ["removed"]
+
+
+def test_refuse_from_inside_a_submit_is_survived() -> None:
+    pump: Pump
+
+    def refuse(_request: Request) -> Buffer | None:
+        pump.connection.refuse()
+        raise OSError(errno.ESHUTDOWN, "the file is gone")
+
+    with Pump(CallChannel(null_disk(), refuse)) as pump:
+        assert pump.ask(request(FLUSH)) == [(1, 108, b"")]
+        assert pump.ask(request(FLUSH)) == [(1, 108, b"")]
+
+
+def test_a_busy_channel_resumes_a_closed_connection_without_harm() -> None:
+    held = HeldChannel(null_disk(), room=1)
+    with Pump(held) as pump:
+        pump.ask(request(READ, 0, 512) * 2)
+        pump.connection.close("because")
+        held.finish_all()
+        pump.until(lambda: pump.closed)
+        assert len(held.submitted) == 1
+
+
+# --- trailing bytes of the handshake ---
+
+
+def test_bytes_behind_the_handshake_are_requests() -> None:
+    stream = request(READ, 0, 512, cookie=1) + request(WRITE, cookie=2, payload=bytes(512))
+    with Pump(trailing=stream[:-100]) as pump:
+        pump.turns()
+        pump.send(stream[-100:])
+        assert pump.receive(16 + 512 + 16) == reply(1, data=bytes(512)) + reply(2)
+
+
+def test_garbage_behind_the_handshake_ends_the_connection_from_the_loop() -> None:
+    with Pump(trailing=b"\xff" * 100) as pump:
+        assert not pump.closed
+        pump.until(lambda: pump.closed)
+        assert "magic" in pump.closed[0]
+
+
+def test_a_disconnect_behind_the_handshake_ends_the_connection() -> None:
+    with Pump(trailing=request(DISC)) as pump:
+        pump.until(lambda: pump.closed)
+        assert pump.closed == ["the client disconnected"]
+
+
+def test_a_resize_counts_for_the_next_request() -> None:
+    with Pump() as pump:
+        pump.export.size = 512
+        assert pump.ask(request(READ, 512, 512)) == [(1, 22, b"")]
+        pump.export.size = 4096
+        assert pump.ask(request(READ, 512, 512), _1=512) == [(1, 0, bytes(512))]

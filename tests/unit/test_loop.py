@@ -1,0 +1,524 @@
+"""The loop: what is called when, whose time it was, and what a bug in a handler does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from reactor.loop import FAILURES_MAX, NEVER, READABLE, SPIN_NS, WRITABLE, Mode, Reactor
+
+MS = 1_000_000
+
+
+class Clock:
+    """Time that moves only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000_000
+
+    def __call__(self) -> int:
+        return self.now
+
+
+class Poll:
+    """A poll function that notes how long it may wait, and returns what the test has set."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.waits: list[float] = []
+        self.ready: list[tuple[int, int]] = []
+        self.takes_ns = 0
+
+    def __call__(self, seconds: float) -> Sequence[tuple[int, int]]:
+        self.waits.append(seconds)
+        self.clock.now += self.takes_ns
+        ready, self.ready = self.ready, []
+        return ready
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def poll(clock: Clock) -> Poll:
+    return Poll(clock)
+
+
+@pytest.fixture
+def make(clock: Clock, poll: Poll) -> Iterator[Callable[..., Reactor]]:
+    made: list[Reactor] = []
+
+    def reactor(mode: Mode = "interrupt") -> Reactor:
+        made.append(Reactor(mode, clock=clock, poll=poll))
+        return made[-1]
+
+    yield reactor
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ends = socket.socketpair()
+    yield ends
+    for end in ends:
+        end.close()
+
+
+@pytest.fixture
+def real() -> Iterator[Reactor]:
+    reactor = Reactor("interrupt")
+    yield reactor
+    reactor.close()
+
+
+# --- sleeping and spinning ---
+
+
+def test_interrupt_mode_sleeps_for_ever_when_nothing_is_due(
+    make: Callable[..., Reactor], poll: Poll
+) -> None:
+    reactor = make("interrupt")
+    assert not reactor.turn()
+    assert poll.waits == [NEVER]
+
+
+def test_poll_mode_never_sleeps(make: Callable[..., Reactor], poll: Poll) -> None:
+    reactor = make("poll")
+    reactor.turn()
+    reactor.turn()
+    assert poll.waits == [0, 0]
+
+
+def test_adaptive_mode_spins_for_a_bounded_time_after_work(
+    make: Callable[..., Reactor], poll: Poll, clock: Clock
+) -> None:
+    reactor = make("adaptive")
+    reactor.call_from_thread(lambda: None)
+    reactor.turn()
+    poll.takes_ns = SPIN_NS // 4
+    for _ in range(6):
+        reactor.turn()
+    assert poll.waits == [0, 0, 0, 0, 0, NEVER, NEVER]
+
+
+def test_adaptive_mode_does_not_spin_after_a_handler_that_did_nothing(
+    make: Callable[..., Reactor], poll: Poll, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    reactor = make("adaptive")
+    reactor.add_fd(pair[0].fileno(), lambda _: False, name="idle")
+    poll.ready = [(pair[0].fileno(), READABLE)]
+    assert not reactor.turn()
+    reactor.turn()
+    assert poll.waits == [NEVER, NEVER]
+
+
+def test_a_timer_ends_the_sleep(make: Callable[..., Reactor], poll: Poll, clock: Clock) -> None:
+    reactor = make()
+    fired: list[int] = []
+    reactor.call_later(0.5, lambda: fired.append(clock.now))
+    reactor.turn()
+    assert poll.waits == [pytest.approx(0.5)]
+    assert not fired
+    clock.now += 500 * MS
+    assert reactor.turn()
+    assert len(fired) == 1
+    reactor.turn()
+    assert poll.waits[-1] == NEVER
+
+
+def test_a_poller_is_armed_before_the_sleep_and_what_came_meanwhile_prevents_it(
+    make: Callable[..., Reactor], poll: Poll
+) -> None:
+    reactor = make()
+    came = [False, True, False]
+    reactor.add_poller(lambda: False, name="queue", before_sleep=lambda: came.pop(0))
+    for _ in range(3):
+        reactor.turn()
+    assert poll.waits == [NEVER, 0, NEVER]
+
+
+def test_a_poller_without_a_wake_up_keeps_the_loop_awake(
+    make: Callable[..., Reactor], poll: Poll
+) -> None:
+    reactor = make()
+    poller = reactor.add_poller(lambda: False, name="busy")
+    reactor.turn()
+    reactor.remove_poller(poller)
+    reactor.turn()
+    assert poll.waits == [0, NEVER]
+
+
+def test_what_the_last_turn_left_prevents_the_sleep(
+    make: Callable[..., Reactor], poll: Poll
+) -> None:
+    reactor = make()
+
+    class Again:
+        flush_due = kick_due = False
+        left = 2
+
+        def flush(self) -> None:
+            if self.left:
+                self.left -= 1
+                reactor.mark_flush(self)
+
+    reactor.mark_flush(Again())
+    for _ in range(4):
+        reactor.turn()
+    assert poll.waits == [0, 0, 0, NEVER]
+
+
+# --- accounts ---
+
+
+def test_time_is_entered_where_it_was_spent(
+    make: Callable[..., Reactor],
+    poll: Poll,
+    clock: Clock,
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    reactor = make("poll")
+
+    def work(_events: int) -> bool:
+        clock.now += 3 * MS
+        return True
+
+    def look() -> bool:
+        clock.now += 1 * MS
+        return False
+
+    fd = reactor.add_fd(pair[0].fileno(), work, name="socket")
+    idle = reactor.add_poller(look, name="looker")
+    poll.takes_ns = 5 * MS
+    poll.ready = [(pair[0].fileno(), READABLE)]
+    assert reactor.turn()
+    assert not reactor.turn()
+    assert (fd.run_count, fd.busy_count, fd.busy_ns) == (1, 1, 3 * MS)
+    assert (idle.run_count, idle.busy_count, idle.busy_ns) == (2, 0, 0)
+    assert reactor.busy_ns == 4 * MS  # the busy turn, without its wait
+    assert reactor.idle_ns == (5 + 5 + 1) * MS
+    assert reactor.turns == 2
+
+
+def test_the_loop_accounts_for_timers_calls_and_flushes(
+    make: Callable[..., Reactor], clock: Clock
+) -> None:
+    reactor = make("poll")
+
+    class Slow:
+        flush_due = kick_due = False
+
+        def flush(self) -> None:
+            clock.now += 2 * MS
+
+    def spend() -> None:
+        clock.now += 1 * MS
+
+    reactor.call_later(0, spend)
+    reactor.call_from_thread(spend)
+    reactor.mark_flush(Slow())
+    reactor.turn()
+    spent = {poller.name: poller.busy_ns for poller in reactor.pollers}
+    assert spent == {"wakeup": 0, "timers": MS, "calls": MS, "kicks and flushes": 2 * MS}
+    assert sum(spent.values()) == reactor.busy_ns
+
+
+def test_a_timer_that_was_cancelled_is_no_work(make: Callable[..., Reactor], clock: Clock) -> None:
+    reactor = make("poll")
+    reactor.call_later(0, lambda: None).cancel()
+    assert not reactor.turn()
+    assert reactor.busy_ns == 0
+
+
+# --- bounded turns ---
+
+
+def test_a_call_that_calls_again_waits_for_the_next_turn(make: Callable[..., Reactor]) -> None:
+    reactor = make("poll")
+    calls: list[int] = []
+
+    def again() -> None:
+        calls.append(reactor.turns)
+        reactor.call_from_thread(again)
+
+    reactor.call_from_thread(again)
+    for _ in range(3):
+        reactor.turn()
+    assert calls == [0, 1, 2]
+
+
+def test_a_timer_of_no_time_waits_for_the_next_turn(make: Callable[..., Reactor]) -> None:
+    reactor = make("poll")
+    fired: list[int] = []
+
+    def again() -> None:
+        fired.append(reactor.turns)
+        reactor.call_later(0, again)
+
+    reactor.call_later(0, again)
+    for _ in range(3):
+        reactor.turn()
+    assert fired == [0, 1, 2]
+
+
+def test_kicks_come_before_flushes_and_each_once(make: Callable[..., Reactor]) -> None:
+    reactor = make("poll")
+    order: list[str] = []
+
+    class Both:
+        flush_due = kick_due = False
+
+        def kick(self) -> None:
+            order.append("kick")
+            reactor.mark_flush(self)
+
+        def flush(self) -> None:
+            order.append("flush")
+
+    both = Both()
+    reactor.mark_flush(both)
+    reactor.mark_kick(both)
+    reactor.mark_kick(both)
+    reactor.turn()
+    reactor.turn()
+    assert order == ["kick", "flush"]
+
+
+def test_timers_fire_in_the_order_of_their_deadlines(
+    make: Callable[..., Reactor], clock: Clock
+) -> None:
+    reactor = make("poll")
+    fired: list[str] = []
+    for seconds, name in ((0.3, "c"), (0.1, "a"), (0.2, "b"), (0.1, "a2")):
+        reactor.call_later(seconds, lambda name=name: fired.append(name))
+    clock.now += 1000 * MS
+    reactor.turn()
+    assert fired == ["a", "a2", "b", "c"]
+
+
+@pytest.mark.parametrize("when", ["before", "by an earlier timer", "inside"])
+def test_a_cancelled_timer_does_not_fire(
+    make: Callable[..., Reactor], clock: Clock, when: str
+) -> None:
+    reactor = make("poll")
+    fired: list[str] = []
+    if when == "by an earlier timer":
+
+        def cancel() -> None:
+            timer.cancel()
+
+        reactor.call_later(0.1, cancel)
+
+    def fire() -> None:
+        fired.append("fired")
+        timer.cancel()
+
+    timer = reactor.call_later(0.1, fire)
+    if when == "before":
+        timer.cancel()
+    clock.now += 1000 * MS
+    reactor.turn()
+    reactor.turn()
+    assert fired == (["fired"] if when == "inside" else [])
+
+
+# --- descriptors ---
+
+
+def test_a_removed_descriptor_is_not_called_in_the_same_turn(
+    make: Callable[..., Reactor], poll: Poll, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    reactor = make("poll")
+    first, second = pair[0].fileno(), pair[1].fileno()
+    called: list[int] = []
+
+    def remove(_events: int) -> bool:
+        called.append(first)
+        reactor.remove_fd(second)
+        return True
+
+    reactor.add_fd(first, remove, name="first")
+    reactor.add_fd(second, lambda _: bool(called.append(second)), name="second")
+    poll.ready = [(first, READABLE), (second, READABLE)]
+    reactor.turn()
+    assert called == [first]
+
+
+def test_a_new_file_under_an_old_number_gets_no_old_event(
+    make: Callable[..., Reactor], poll: Poll, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    reactor = make("poll")
+    first, second = pair[0].fileno(), pair[1].fileno()
+    called: list[str] = []
+
+    def reuse(_events: int) -> bool:
+        reactor.remove_fd(second)
+        reactor.add_fd(second, lambda _: bool(called.append("new")), name="new")
+        return True
+
+    reactor.add_fd(first, reuse, name="first")
+    reactor.add_fd(second, lambda _: bool(called.append("old")), name="old")
+    poll.ready = [(first, READABLE), (second, READABLE)]
+    reactor.turn()
+    assert called == []
+    poll.ready = [(second, READABLE)]
+    reactor.turn()
+    assert called == ["new"]
+
+
+def test_epoll_reports_what_is_asked_for(
+    real: Reactor, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    seen: list[int] = []
+    fd = pair[0].fileno()
+
+    def note(events: int) -> bool:
+        seen.append(events)
+        return True
+
+    real.add_fd(fd, note, name="socket")
+    pair[1].send(b"x")
+    real.turn()
+    real.modify_fd(fd, WRITABLE)
+    real.turn()
+    assert seen == [READABLE, WRITABLE]
+    real.remove_fd(fd)
+
+
+# --- bugs in handlers ---
+
+
+class Bug(Exception):
+    """What no handler should raise."""
+
+
+def failing(*_: object) -> bool:
+    raise Bug
+
+
+def test_a_bug_in_a_handler_is_logged_and_the_others_run(
+    make: Callable[..., Reactor],
+    poll: Poll,
+    pair: tuple[socket.socket, socket.socket],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reactor = make("poll")
+    called: list[str] = []
+
+    class Broken:
+        flush_due = kick_due = False
+        kick = flush = failing
+
+    class Sound:
+        flush_due = kick_due = False
+
+        def kick(self) -> None:
+            called.append("kick")
+
+        def flush(self) -> None:
+            called.append("flush")
+
+    sound = Sound()
+    reactor.add_fd(pair[0].fileno(), failing, name="broken socket")
+    reactor.add_fd(pair[1].fileno(), lambda _: bool(called.append("fd")), name="sound")
+    reactor.add_poller(failing, name="broken poller")
+    reactor.add_poller(lambda: bool(called.append("poller")), name="sound")
+    reactor.call_later(0, failing)
+    reactor.call_later(0, lambda: called.append("timer"))
+    reactor.call_from_thread(failing)
+    reactor.call_from_thread(lambda: called.append("call"))
+    for one in (Broken(), sound):
+        reactor.mark_kick(one)
+        reactor.mark_flush(one)
+    poll.ready = [(pair[0].fileno(), READABLE), (pair[1].fileno(), READABLE)]
+    reactor.turn()
+    assert called == ["fd", "poller", "timer", "call", "kick", "flush"]
+    assert caplog.text.count("Traceback") == 6
+    assert "broken socket" in caplog.text
+
+
+def test_a_handler_that_fails_again_and_again_is_called_no_more(
+    make: Callable[..., Reactor], poll: Poll, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    reactor = make("poll")
+    fd = pair[0].fileno()
+    handler = reactor.add_fd(fd, failing, name="broken socket")
+    poller = reactor.add_poller(failing, name="broken poller")
+    for _ in range(FAILURES_MAX * 2):
+        poll.ready = [(fd, READABLE)]
+        reactor.turn()
+    assert handler.run_count == FAILURES_MAX
+    assert poller.run_count == FAILURES_MAX
+
+
+def test_a_handler_that_fails_now_and_then_is_kept(
+    make: Callable[..., Reactor], poll: Poll, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    reactor = make("poll")
+    outcomes = iter([False, True] * FAILURES_MAX * 2)
+
+    def sometimes(_events: int) -> bool:
+        return True if next(outcomes) else failing()
+
+    handler = reactor.add_fd(pair[0].fileno(), sometimes, name="moody")
+    for _ in range(FAILURES_MAX * 4):
+        poll.ready = [(pair[0].fileno(), READABLE)]
+        reactor.turn()
+    assert handler.run_count == FAILURES_MAX * 4
+
+
+# --- other threads and signals ---
+
+
+def test_a_call_from_a_thread_wakes_the_sleeping_loop(real: Reactor) -> None:
+    thread = threading.Thread(target=lambda: real.call_from_thread(real.stop))
+    real.call_later(60, lambda: pytest.fail("it slept on"))
+    thread.start()
+    real.run()
+    thread.join()
+
+
+def test_a_signal_wakes_the_sleeping_loop_and_is_handled_inside_it(real: Reactor) -> None:
+    real.add_signal(signal.SIGUSR1, real.stop)
+    real.call_later(60, lambda: pytest.fail("it slept on"))
+    timer = threading.Timer(0.01, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    timer.start()
+    real.run()
+    timer.join()
+
+
+def test_close_gives_the_signals_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    reactor = Reactor()
+    reactor.add_signal(signal.SIGUSR1, lambda: None)
+    reactor.add_signal(signal.SIGUSR1, lambda: None)
+    reactor.close()
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_late_call_from_a_thread_does_not_write_to_a_closed_descriptor() -> None:
+    reactor = Reactor()
+    reactor.close()
+    reactor.call_from_thread(lambda: None)
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "interrupt"])
+def test_an_idle_loop_sleeps_instead_of_turning(
+    mode: Mode, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    reactor = Reactor(mode)
+    reactor.add_fd(pair[0].fileno(), lambda _: True, name="quiet")
+    reactor.call_from_thread(lambda: None)
+    reactor.call_later(0.3, reactor.stop)
+    reactor.run()
+    spinning = 500 if mode == "adaptive" else 0  # what fits in SPIN_NS, generously
+    assert reactor.turns <= 10 + spinning
+    reactor.close()
