@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Final
 
 from setproctitle import setproctitle
@@ -88,9 +89,13 @@ class Controller:
             )
             for core in options.cores
         }
-        self._rpc = RpcServer(self.reactor, options.rpc_socket, methods(self))
-        metrics = options.metrics
-        self._exporter = Exporter(self.reactor, metrics, self) if metrics is not None else None
+        with ExitStack() as opened:
+            opened.callback(self.reactor.close)
+            opened.callback(self._bus.close)
+            opened.callback(RpcServer(self.reactor, options.rpc_socket, methods(self)).close)
+            if options.metrics is not None:
+                opened.callback(Exporter(self.reactor, options.metrics, self).close)
+            self._opened = opened.pop_all()
 
     def begin(self, specs: tuple[DiskSpec, ...]) -> None:
         """Start the workers and bring up `specs`."""
@@ -114,13 +119,9 @@ class Controller:
         """Release everything; the workers are gone or are killed here."""
         for worker in self._workers.values():
             worker.kill("the controller ends")
-        self._rpc.close()
-        if self._exporter is not None:
-            self._exporter.close()
-        self._bus.close()
         for sock in self._handed.values():
             sock.close()
-        self.reactor.close()
+        self._opened.close()
 
     # --- Service: what front ends ask ---
 

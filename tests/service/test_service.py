@@ -377,3 +377,12 @@ def test_without_the_driver_a_device_is_refused_with_the_cure(service: Start) ->
     running = service("disks: {a: {backend: malloc, size: 1MiB, device: /dev/nbd0}}")
     line = running.await_line("disk a failed:")
     assert line.endswith("the kernel has no nbd driver loaded; load it with: modprobe nbd")
+
+
+def test_a_metrics_address_in_use_leaves_nothing_behind(service: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        running = service(None, "--metrics", address, await_ready=False)
+        assert running.process.wait(30) == 1
+    assert address in running.log.splitlines()[-1]
+    assert not running.rpc_socket.exists()
