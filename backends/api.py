@@ -217,7 +217,7 @@ class Backend(ABC):
     name: ClassVar[str]
     product_name: ClassVar[str]  # SPDK's name for it, shown by bdev_get_bdevs
     keys: ClassVar[tuple[Key, ...]]
-    disk: ClassVar[type[Disk]] = Disk  # what `create` returns: its abilities, before it is made
+    disk: ClassVar[type[Disk]]  # what `create` returns: its abilities, before it is made
 
     @classmethod
     def check(cls, options: Mapping[str, object], block_size: int | None) -> list[tuple[str, str]]:
