@@ -14,6 +14,7 @@ ln -sf fd/0 /dev/stdin
 ln -sf fd/1 /dev/stdout
 ln -sf fd/2 /dev/stderr
 ip link set lo up
+# shellcheck disable=SC1091  # tools/kernel writes it
 . "$BED/settings"
 
 if [ -n "$NBD_MODULE" ]; then
