@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,13 @@ def test_imports_run_downwards_only() -> None:
     run(str(BIN / "lint-imports"), "--no-cache")
 
 
+def test_every_module_has_its_layer() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = " | ".join(contract["contracts"][0]["layers"]).split(" | ")
+    own = {path.stem for path in (ROOT / "reactor").glob("[!_]*")}
+    assert {f"reactor.{name}" for name in own} == {name for name in layers if name != "backends"}
+
+
 @pytest.mark.parametrize("pattern", OWNERS)
 def test_what_is_intricate_has_one_place(pattern: str) -> None:
     users = {show(path) for path in sources() if re.search(pattern, path.read_text(), re.MULTILINE)}
@@ -95,7 +103,7 @@ def test_backends_are_found_through_the_registry() -> None:
     assert storage
     wrong = [
         f"{show(path)}: {module}"
-        for path in sources()
+        for path in (ROOT / "reactor").rglob("*.py")
         for module in imported(path)
         if module in storage
     ]
