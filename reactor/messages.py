@@ -25,6 +25,7 @@ COMMANDS: Final[dict[str, dict[str, type]]] = {
     "welcome": {},  # the hello was taken
     "start": {"id": int, "spec": dict},  # open the disk, serve its listeners
     "stop": {**_DISK, "seconds": float},  # drain for at most so long, then release everything
+    "release": {**_DISK, "seconds": float},  # drain, then close the kernel's connections
     "remove": {**_DISK},  # hot remove: from now on refuse its I/O
     "resize": {**_DISK, "size": int},
     "shutdown": {"id": int},  # every disk is stopped; exit
@@ -36,6 +37,7 @@ EVENTS: Final[dict[str, dict[str, type]]] = {
     # Answers: the disk serves; size and block_size in bytes, flags as in the NBD handshake.
     "started": {**_DISK, "size": int, "block_size": int, "flags": int},
     "stopped": {**_DISK},
+    "released": {**_DISK},
     "resized": {**_DISK, "size": int},
     "failed": {**_DISK, "errno": int, "reason": str},
     # The backend went away, or was told to: I/O is refused, what was in flight has ended.

@@ -18,8 +18,9 @@ from reactor.attach.device import adopt, held
 from reactor.bus import ControllerBus
 from reactor.control.blocking import BlockingCall
 from reactor.control.demo import demo_disks
-from reactor.control.disk import DETACH_SECONDS, DiskControl, Host
+from reactor.control.disk import DiskControl, Host
 from reactor.control.exporter import Exporter
+from reactor.control.link import DETACH_SECONDS
 from reactor.control.methods import methods
 from reactor.control.notify import handed_sockets, notify
 from reactor.control.plan import place, place_all
@@ -346,9 +347,9 @@ class Controller:
     def _add(self, spec: DiskSpec, core: int) -> DiskControl:
         disk = DiskControl(self._host, spec, self._workers[core])
         self._disks[spec.name] = disk
-        held = adopt(self._host.tag(spec.name)) if spec.device is not None else None
-        if held is not None:
-            disk.adopt(held)
+        left = adopt(self._host.tag(spec.name)) if spec.device is not None else None
+        if left is not None:
+            disk.adopt(left)
         return disk
 
     def _detach_unclaimed(self) -> None:
@@ -356,7 +357,7 @@ class Controller:
         prefix = self._host.tag("")
         for tag in held(prefix):
             disk = self._disks.get(tag.removeprefix(prefix))
-            device = adopt(tag) if disk is None or disk.device is None else None
+            device = adopt(tag) if disk is None or disk.path is None else None
             if device is not None:
                 log.warning("%s is detached: no disk is to be on it any more", device.path)
                 BlockingCall(

@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from backends.emulation import open_channel
-
 from backends import registry
 from backends.api import Disk, Event
+from backends.emulation import open_channel
 from reactor.data.connection import Connection
 from reactor.log import logger
 from reactor.loop import Reactor, Timer
@@ -85,6 +84,7 @@ class ServedDisk:
         self._removal: str | None = None
         self._removal_timer: Timer | None = None
         self._on_stopped: Callable[[], None] | None = None
+        self._on_released: Callable[[], None] | None = None
         self.disk = registry.backend(spec.backend).create(
             spec.name,
             spec.options,
@@ -142,7 +142,15 @@ class ServedDisk:
             self._removal_timer.cancel()
         for connection in list(self._generations):
             connection.drain(seconds)
-        self._release_if_unused()
+        self._close_if_unused()
+
+    def release(self, seconds: float, on_released: Callable[[], None]) -> None:
+        """Drain the kernel's connections for at most `seconds`, then close them."""
+        self._on_released = on_released
+        for connection, generation in list(self._generations.items()):
+            if generation:
+                connection.drain(seconds)
+        self._report_released()
 
     def resize(self, size: int) -> None:
         """Change the size of the disk; raises OSError."""
@@ -187,9 +195,15 @@ class ServedDisk:
         self._count(connection, self._finished)
         if generation:
             self._on_disconnected(self, generation, reason)
-        self._release_if_unused()
+            self._report_released()
+        self._close_if_unused()
 
-    def _release_if_unused(self) -> None:
+    def _report_released(self) -> None:
+        if self._on_released is not None and not any(self._generations.values()):
+            on_released, self._on_released = self._on_released, None
+            on_released()
+
+    def _close_if_unused(self) -> None:
         if self._on_stopped is None or self._generations:
             return
         self._channel.close()

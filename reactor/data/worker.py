@@ -67,6 +67,7 @@ class Worker:
             "welcome": self._welcome,
             "start": self._start,
             "stop": self._stop,
+            "release": self._release,
             "remove": self._remove,
             "resize": self._resize,
             "shutdown": self._shut_down,
@@ -140,6 +141,16 @@ class Worker:
             return
         self._unlisten(served)
         served.stop(message["seconds"], stopped)
+
+    def _release(self, message: Message) -> None:
+        def released() -> None:
+            self._bus.send("released", id=message["id"], disk=message["disk"])
+
+        served = self._disks.get(message["disk"])
+        if served is None:
+            released()
+        else:
+            served.release(message["seconds"], released)
 
     def _remove(self, message: Message) -> None:
         served = self._served(message)
