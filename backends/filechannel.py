@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # A call that should only touch memory but took longer than this (and one ns per byte) has waited
 # for the disk: the kernel throttles writers whose dirty pages are too many. For a while such calls
 # go to the engine, so that a slow disk costs the loop one wait a second and not one per request.
-STALL_NS: Final = 2_000_000
+STALL_NS: Final = 5_000_000
 STALLED_FOR_NS: Final = 1_000_000_000
 
 PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE

@@ -196,7 +196,7 @@ def test_flushes_of_one_turn_share_one_fdatasync(disk: Opened) -> None:
 def test_a_flush_that_comes_while_one_runs_gets_one_of_its_own(disk: Opened) -> None:
     disk.requester.write(0, b"x" * 4096)
     early = disk.requester.submit(NBD_CMD_FLUSH)
-    disk.channel._engine.kick()  # type: ignore[attr-defined]
+    disk.channel._engine.rounds += 1  # as when it starts; a real start may also be its end
     late = disk.requester.submit(NBD_CMD_FLUSH)
     running, waiting = disk.channel._syncing, disk.channel._next_sync
     assert [request[COOKIE] for request, _ in running] == [early]
