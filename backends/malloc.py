@@ -72,11 +72,13 @@ class SharedMemory:
             self._map(size)
             self.holes = bytearray(_chunks(size))
             self._find_holes()
-        except BaseException:
+        except OSError as error:
             if made:
                 path.unlink(missing_ok=True)
             os.close(self._fd)
-            raise
+            text = error.strerror or ""
+            named = text if str(path) in text else f"{path}: {text}"
+            raise OSError(error.errno, named) from error
 
     def close(self) -> None:
         """Let go; the memory itself stays. Views that were given out keep their mapping alive."""
@@ -142,12 +144,14 @@ class SharedMemory:
         room = os.fstat(self._fd).st_size - PAGE
         if size < old:
             self._write_header(size)
-        self.zero(min(size, old), room)
-        if size > room:
-            os.ftruncate(self._fd, PAGE + size)
+            self.trim(size, room)
+        else:
+            self.zero(old, room)  # what an earlier shrinking left there
+            if size > room:
+                os.ftruncate(self._fd, PAGE + size)
+        self._map(size)
         if size > old:
             self._write_header(size)
-        self._map(size)
         kept = min(size, old) >> CHUNK_SHIFT
         self.holes[kept:] = b"\1" * (_chunks(size) - kept)
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -146,6 +143,7 @@ def test_a_trim_gives_the_memory_back_and_reads_zeroes(disk: Open) -> None:
         access.trim(512, (4 << 20) - 512)
         assert used() <= (4 << 20) + PAGE
         assert access.read(PAGE, (4 << 20) - PAGE) == bytes((4 << 20) - PAGE)
+        assert used() <= (4 << 20) + PAGE, "reading took memory"
         assert access.read(0, 512) == b"x" * 512
         assert access.read(4 << 20, 4 << 20) == b"x" * (4 << 20)
 
@@ -235,6 +233,16 @@ def test_the_holes_are_known_again_after_reopening(disk: Open) -> None:
     first.close()
     second = disk((6 << 20) + 4096)
     assert bytes(second.memory.holes) == b"\0\0\1\1\1\1\0"
+
+
+def test_a_hole_of_one_page_in_each_chunk_is_known_again(disk: Open) -> None:
+    first = disk(6 << 20)
+    first.memory.back(0, 6 << 20)
+    first.memory.data[:] = b"x" * (6 << 20)
+    for chunk in (1, 2, 4):
+        first.memory.trim(chunk * CHUNK + PAGE, chunk * CHUNK + 2 * PAGE)
+    first.close()
+    assert bytes(disk(6 << 20).memory.holes) == b"\0\1\1\0\1\0"
 
 
 def test_a_disk_in_use_is_not_opened_again(disk: Open) -> None:
@@ -404,112 +412,3 @@ def test_an_impossible_new_size_changes_nothing(disk: Open, size: int) -> None:
     with pytest.raises(OSError, match="bytes is"):
         kept.resize(size)
     assert kept.size == 4 << 20
-
-
-# --- /dev/shm is full ---
-
-FULL = """
-import errno, os
-from pathlib import Path
-from backends.malloc import BACKEND, PAGE
-from reactor.loop import Reactor
-from tests.unit.pumping import Pump
-from tests.unit.test_malloc import Access, serving
-
-reactor = Reactor("poll")
-disk = BACKEND.create(
-    "disk", {"size": 64 << 20}, instance="full", reactor=reactor, block_size=512, readonly=False
-)
-with serving(disk) as pump:
-    access = Access(pump)
-    """
-
-
-def in_full_memory(body: str) -> None:
-    """Run `body` in a process whose /dev/shm has 8 MiB for a disk of 64 MiB."""
-    script = FULL + textwrap.indent(textwrap.dedent(body), "    ").strip()
-    done = subprocess.run(
-        [
-            *("unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])),
-            *("sh", "-c", 'mount -t tmpfs -o size=8m none /dev/shm && exec "$@"', "sh"),
-            *(sys.executable, "-c", script),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    if "unshare:" in done.stderr or "mount:" in done.stderr:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, f"status {done.returncode}: {done.stderr}"
-
-
-def test_a_full_memory_is_told_to_the_client_and_reads_go_on() -> None:
-    in_full_memory(
-        """
-        results = [access.write(i << 20, b"x" * 4096) for i in range(64)]
-        assert set(results) == {0, errno.ENOSPC}, results
-        kept = [i for i, error in enumerate(results) if not error]
-        for i in range(64):
-            expected = b"x" * 4096 if i in kept else bytes(4096)
-            assert access.read(i << 20, 4096) == expected
-        assert not any(access.read(32 << 20, 16 << 20))
-        assert access.write(kept[0] << 20, b"y" * (1 << 20)) == 0
-        assert access.write(0, b"z" * (32 << 20)) == errno.ENOSPC
-        """
-    )
-
-
-def test_memory_that_others_took_is_told_to_the_client() -> None:
-    in_full_memory(
-        """
-        assert access.write(0, b"x" * (2 << 20)) == 0
-        other = os.open("/dev/shm/other", os.O_CREAT | os.O_WRONLY)
-        try:
-            while True:
-                os.write(other, bytes(4096))
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
-        assert access.write(0, b"y" * (2 << 20)) == 0, "this memory is the disk's"
-        assert access.write(8 << 20, b"y" * 4096) == errno.ENOSPC
-        assert access.zero(8 << 20, 4096, 2) == errno.ENOSPC
-        assert access.zero(8 << 20, 8 << 20) == 0
-        assert not any(access.read(0x800000, 4096))
-        os.close(other)
-        os.unlink("/dev/shm/other")
-        assert access.write(4 << 20, b"y" * 4096) == 0
-        """
-    )
-
-
-def test_trimming_a_full_memory_makes_room_again() -> None:
-    in_full_memory(
-        """
-        assert access.write(0, b"x" * (7 << 20)) == 0
-        assert access.write(16 << 20, b"y" * (2 << 20)) == errno.ENOSPC
-        assert access.trim(0, 4 << 20) == 0
-        assert access.write(16 << 20, b"y" * (2 << 20)) == 0
-        assert access.read(16 << 20, 2 << 20) == b"y" * (2 << 20)
-        """
-    )
-
-
-def test_a_disk_larger_than_the_memory_is_found_again_when_it_is_full() -> None:
-    in_full_memory(
-        """
-        for i in range(64):
-            access.write(i << 20, b"x" * (1 << 20))
-        disk.close()
-        disk = BACKEND.create(
-            "disk", {"size": 64 << 20}, instance="full", reactor=reactor, block_size=512,
-            readonly=False,
-        )
-        with serving(disk) as again:
-            access = Access(again)
-            data = access.read(0, 32 << 20)
-            assert data.count(b"x") >= 7 << 20
-            assert access.write(40 << 20, b"y" * 512) == errno.ENOSPC
-            assert access.write(0, b"y" * 512) == 0
-        """
-    )

@@ -125,6 +125,16 @@ def test_large_payloads_in_a_row_are_told_apart() -> None:
     assert [entry[5] for entry in found] == payloads
 
 
+def test_the_memory_of_a_large_payload_is_not_kept_for_small_ones() -> None:
+    receiver = Receiver(export(size=64 << 20))
+    stream = request(WRITE, payload=bytes(8 << 20))
+    pieces = [stream[i : i + 300_000] for i in range(0, len(stream), 300_000)]
+    feed(receiver, pieces)
+    feed(receiver, [request(READ)])
+    assert receiver._large is None
+    assert receiver._spare is None
+
+
 def test_a_payload_beyond_the_maximum_loses_the_stream() -> None:
     receiver = Receiver(export(size=1 << 40))
     assert feed(receiver, [request(WRITE, length=MAX_PAYLOAD + 1)]) == []

@@ -1,0 +1,137 @@
+"""Memory disks when /dev/shm is full: an error for the client, and never a killed process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+FULL = """
+import errno, os
+from backends.malloc import BACKEND
+from reactor.loop import Reactor
+from tests.unit.pumping import Pump
+from tests.unit.test_malloc import Access, serving
+
+reactor = Reactor("poll")
+disk = BACKEND.create(
+    "disk", {"size": 64 << 20}, instance="full", reactor=reactor, block_size=512, readonly=False
+)
+with serving(disk) as pump:
+    access = Access(pump)
+    """
+
+
+def in_full_memory(body: str) -> None:
+    """Run `body` in a process whose /dev/shm has 8 MiB for a disk of 64 MiB."""
+    script = FULL + textwrap.indent(textwrap.dedent(body), "    ").strip()
+    done = subprocess.run(
+        [
+            *("unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])),
+            *("sh", "-c", 'mount -t tmpfs -o size=8m none /dev/shm && exec "$@"', "sh"),
+            *(sys.executable, "-c", script),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if "unshare:" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, f"status {done.returncode}: {done.stderr}"
+
+
+def test_a_full_memory_is_told_to_the_client_and_reads_go_on() -> None:
+    in_full_memory(
+        """
+        results = [access.write(i << 20, b"x" * 4096) for i in range(64)]
+        assert set(results) == {0, errno.ENOSPC}, results
+        kept = [i for i, error in enumerate(results) if not error]
+        for i in range(64):
+            expected = b"x" * 4096 if i in kept else bytes(4096)
+            assert access.read(i << 20, 4096) == expected
+        assert not any(access.read(32 << 20, 16 << 20))
+        assert access.write(kept[0] << 20, b"y" * (1 << 20)) == 0
+        assert access.write(0, b"z" * (32 << 20)) == errno.ENOSPC
+        """
+    )
+
+
+def test_memory_that_others_took_is_told_to_the_client() -> None:
+    in_full_memory(
+        """
+        assert access.write(0, b"x" * (2 << 20)) == 0
+        other = os.open("/dev/shm/other", os.O_CREAT | os.O_WRONLY)
+        try:
+            while True:
+                os.write(other, bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        assert access.write(0, b"y" * (2 << 20)) == 0, "this memory is the disk's"
+        assert access.write(8 << 20, b"y" * 4096) == errno.ENOSPC
+        assert access.zero(8 << 20, 4096, 2) == errno.ENOSPC
+        assert access.zero(8 << 20, 8 << 20) == 0
+        assert not any(access.read(0x800000, 4096))
+        os.close(other)
+        os.unlink("/dev/shm/other")
+        assert access.write(4 << 20, b"y" * 4096) == 0
+        """
+    )
+
+
+def test_trimming_a_full_memory_makes_room_again() -> None:
+    in_full_memory(
+        """
+        assert access.write(0, b"x" * (7 << 20)) == 0
+        assert access.write(16 << 20, b"y" * (2 << 20)) == errno.ENOSPC
+        assert access.trim(0, 4 << 20) == 0
+        assert access.write(16 << 20, b"y" * (2 << 20)) == 0
+        assert access.read(16 << 20, 2 << 20) == b"y" * (2 << 20)
+        """
+    )
+
+
+def test_what_was_trimmed_and_taken_by_others_is_an_error_and_not_a_crash() -> None:
+    in_full_memory(
+        """
+        assert access.write(0, b"x" * (4 << 20)) == 0
+        assert access.trim(0, 4 << 20) == 0
+        other = os.open("/dev/shm/other", os.O_CREAT | os.O_WRONLY)
+        try:
+            while True:
+                os.write(other, bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        assert not any(access.read(0, 4 << 20))
+        assert access.write(0, b"y" * 4096) == errno.ENOSPC
+        assert not any(access.read(0, 4096))
+        os.close(other)
+        """
+    )
+
+
+def test_a_disk_larger_than_the_memory_is_found_again_when_it_is_full() -> None:
+    in_full_memory(
+        """
+        for i in range(64):
+            access.write(i << 20, b"x" * (1 << 20))
+        disk.close()
+        disk = BACKEND.create(
+            "disk", {"size": 64 << 20}, instance="full", reactor=reactor, block_size=512,
+            readonly=False,
+        )
+        with serving(disk) as again:
+            access = Access(again)
+            data = access.read(0, 32 << 20)
+            assert data.count(b"x") >= 7 << 20
+            assert access.write(40 << 20, b"y" * 512) == errno.ENOSPC
+            assert access.write(0, b"y" * 512) == 0
+        """
+    )
