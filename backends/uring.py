@@ -174,9 +174,10 @@ class Ring(Engine):
         tags, free, finished, unpack = self._tags, self._free, self._finished, CQE.unpack_from
         words, rings, cqes, mask = self._words, self._rings, self._cqes, self._cq_mask
         head = self._head
-        # On CPUs that reorder loads the entries might be read before the tail. The system call
-        # above orders them: all completions that are taken here were posted before it returned,
-        # or are seen only when the next one has returned.
+        # CPUs that reorder loads might read an entry before the tail that announces it. Completions
+        # are posted inside the system call above, which orders them; those that a plain ring posts
+        # meanwhile are safe too, as the interpreter lies between these loads: no CPU looks ahead
+        # over so many instructions.
         tail = words[self._cq_tail]
         while head != tail:
             slot, result, _flags = unpack(rings, cqes + (head & mask) * CQE_SIZE)

@@ -11,6 +11,8 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,13 +24,17 @@ from reactor.data.listener import Listener
 from reactor.data.serving import ServedDisk
 from reactor.errors import BusError, ReactorError, reason
 from reactor.log import FORMATS, LEVELS, logger, set_up
-from reactor.loop import MODES, Reactor
+from reactor.loop import MODES, Reactor, Timer
 from reactor.messages import HANDOVERS, Message, decode
 from reactor.protocol.export import Export
 from reactor.spec import Address, DiskSpec
 
 HEARTBEAT_SECONDS: Final = 1.0
 HANDOVERS_PER_TURN: Final = 16
+# A worker that was killed leaves I/O behind, which holds its files and devices a while longer: the
+# kernel lets go of an io_uring when its last operation ends, not when its process does.
+START_RETRY_SECONDS: Final = 0.1
+START_TRIES: Final = 50
 BOOT_FAILURE: Final = 3  # exit status: starting again will not help
 
 log = logger(__name__)
@@ -42,6 +48,7 @@ class Worker:
         self._core = core
         self._instance = instance
         self._disks: dict[str, ServedDisk] = {}
+        self._retries: dict[str, Timer] = {}  # disks whose storage is still in use
         self._listeners: dict[Address, Listener] = {}
         self._handed: dict[str, socket.socket] = {}  # systemd's sockets, by name
         self._welcomed = False
@@ -72,6 +79,9 @@ class Worker:
             "resize": self._resize,
             "shutdown": self._shut_down,
         }[message["type"]]
+        self._run(handler, message)
+
+    def _run(self, handler: Callable[[Message], None], message: Message) -> None:
         try:
             handler(message)
         except (OSError, ReactorError) as error:
@@ -99,16 +109,25 @@ class Worker:
         self._welcomed = True
 
     def _start(self, message: Message) -> None:
+        self._try_to_start(START_TRIES, message)
+
+    def _try_to_start(self, tries: int, message: Message) -> None:
         spec = DiskSpec.from_message(message["spec"])
+        self._forget_retry(spec.name)
         served = self._disks.get(spec.name)
         if served is None:
-            served = ServedDisk(
-                self._reactor,
-                spec,
-                self._instance,
-                on_removed=self._on_removed,
-                on_disconnected=self._on_disconnected,
-            )
+            try:
+                served = self._open(spec)
+            except OSError as error:
+                if error.errno != errno.EBUSY or not tries:
+                    raise
+                if tries == START_TRIES:
+                    log.info("disk %s waits: %s", spec.name, reason(error))
+                again = partial(self._try_to_start, tries - 1)
+                self._retries[spec.name] = self._reactor.call_later(
+                    START_RETRY_SECONDS, lambda: self._run(again, message)
+                )
+                return
             try:
                 self._listen(served)
             except BaseException:
@@ -128,8 +147,23 @@ class Worker:
             flags=export.flags,
         )
 
+    def _open(self, spec: DiskSpec) -> ServedDisk:
+        return ServedDisk(
+            self._reactor,
+            spec,
+            self._instance,
+            on_removed=self._on_removed,
+            on_disconnected=self._on_disconnected,
+        )
+
+    def _forget_retry(self, name: str) -> None:
+        retry = self._retries.pop(name, None)
+        if retry is not None:
+            retry.cancel()
+
     def _stop(self, message: Message) -> None:
         name = message["disk"]
+        self._forget_retry(name)
         served = self._disks.get(name)
 
         def stopped() -> None:

@@ -1,0 +1,59 @@
+"""Disks on files in the whole service: who else uses the file, and what happens without it."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.commands import nbdsh
+from tests.running import RunningService
+
+Start = Callable[..., RunningService]
+
+
+def config(tmp_path: Path) -> str:
+    return (
+        "disks:\n  a: {backend: file, size: 1MiB, direct: true, "
+        f"path: {tmp_path}/image, listen: 'unix:{tmp_path}/a.sock'}}\n"
+    )
+
+
+def test_a_disk_starts_once_the_last_user_lets_its_file_go(service: Start, tmp_path: Path) -> None:
+    with (tmp_path / "image").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        running = service(config(tmp_path), await_ready=False)
+        running.await_line(f"disk a waits: {tmp_path}/image: is in use by another disk or service")
+    assert running.await_line("ready:") == "ready: 1 of 1 disks on 1 workers"
+
+
+def test_a_disk_whose_file_stays_in_use_fails(service: Start, tmp_path: Path) -> None:
+    with (tmp_path / "image").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        running = service(config(tmp_path))
+        line = running.await_line("disk a failed:")
+        assert line.endswith(f"{tmp_path}/image: is in use by another disk or service")
+
+
+def test_a_killed_worker_comes_back_with_its_file(service: Start, tmp_path: Path) -> None:
+    running = service(config(tmp_path))
+    uri = f"nbd+unix:///?socket={tmp_path}/a.sock"
+    nbdsh(uri, "h.pwrite(b'x' * 4096, 8192, nbd.CMD_FLAG_FUA)")
+    for _ in range(3):
+        worker = running.workers()[0]
+        # Plenty is in flight when it dies; the kernel ends that after the process.
+        script = "[h.aio_pwrite(nbd.Buffer(4096), 65536 + 4096 * n) for n in range(200)]"
+        nbdsh(uri, f"{script}; import os; os.kill({worker.pid}, 9)")
+        running.await_true(lambda old=worker: running.workers().get(0, old) != old)  # type: ignore[misc]
+        running.await_state("a", "online")
+    nbdsh(uri, "assert h.pread(4096, 8192) == b'x' * 4096")
+
+
+def test_a_deleted_file_removes_its_disk_and_no_other(service: Start, tmp_path: Path) -> None:
+    text = config(tmp_path)
+    text += f"  b: {{backend: null, size: 1MiB, listen: 'unix:{tmp_path}/b.sock'}}\n"
+    running = service(text)
+    (tmp_path / "image").unlink()
+    running.await_state("a", "removed")
+    assert running.await_line("is removed:").endswith(f"{tmp_path}/image was deleted")
+    nbdsh(f"nbd+unix:///?socket={tmp_path}/b.sock", "h.pread(4096, 0)")
