@@ -88,7 +88,7 @@ class Channel(ABC):
         """
 
     def kick(self) -> None:
-        """Start what this turn's `submit` calls queued. Registered with `Reactor.mark_dirty`."""
+        """Start what this turn's `submit` calls queued. Registered with `Reactor.mark_kick`."""
 
     def close(self) -> None:
         """Release what the channel holds. Nothing is in flight any more."""

@@ -66,12 +66,18 @@ class SharedMemory:
         made = False
         try:
             self._claim()
-            made = self._is_new(size)
-            if made:
+            found = self._size_found()
+            made = found is None
+            if found is None:
                 self._make(size)
-            self._map(size)
-            self.holes = bytearray(_chunks(size))
+                found = size
+            self._map(found)
+            self.holes = bytearray(_chunks(found))
             self._find_holes()
+            if found != size:
+                # Its worker died in a resize, or its config changed while nobody served it.
+                log.warning("%s is resized from %d to %d bytes", path, found, size)
+                self.resize(size)
         except OSError as error:
             if made:
                 path.unlink(missing_ok=True)
@@ -165,11 +171,15 @@ class SharedMemory:
             message = f"{self._path} is in use by another process"
             raise OSError(errno.EBUSY, message) from None
 
-    def _is_new(self, size: int) -> bool:
-        """Return whether the file has no disk yet; raises OSError when it has another one."""
+    def _size_found(self) -> int | None:
+        """Return the size of the disk that the file holds, None when it holds none yet.
+
+        Raises OSError when what it holds is not this disk.
+        """
         header = os.pread(self._fd, HEADER.size, 0)
         if not any(header):  # its maker died before it wrote the header, so before any data
-            return True
+            return None
+        found = 0
         problem = ""
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             problem = "is not a memory disk"
@@ -179,14 +189,12 @@ class SharedMemory:
                 problem = f"is of version {version}, not {VERSION}"
             elif digest != self._digest:
                 problem = "belongs to another disk"
-            elif found != size:
-                problem = f"holds a disk of {found} bytes, not {size}"
-            elif os.fstat(self._fd).st_size < PAGE + size:
+            elif os.fstat(self._fd).st_size < PAGE + found:
                 problem = "is cut short"
         if problem:
             message = f"{self._path} {problem}; remove it if its data may go"
             raise OSError(errno.EEXIST, message)
-        return False
+        return found
 
     def _make(self, size: int) -> None:
         status = os.statvfs(self._fd)

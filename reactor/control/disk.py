@@ -238,7 +238,7 @@ class DiskControl:
         self.geometry = Geometry(message["size"], message["block_size"], message["flags"])
 
     def _resize_step(self, size: int, done: Done) -> None:
-        device, block_size = self._link.device, self.geometry.block_size
+        device, geometry = self._link.device, self.geometry
 
         def finish(error: Exception | None) -> None:
             self._resize = None
@@ -251,24 +251,28 @@ class DiskControl:
             self._errand.call(
                 f"resizing {device.path}",
                 ATTACH_SECONDS,
-                lambda: device.resize(size, block_size),
+                lambda: device.resize(size, geometry.block_size),
                 lambda _, error: finish(error) if error is not None else then(),
             )
 
         def resize_disk(then: Callable[[], None]) -> None:
             def resized(message: Message) -> None:
-                self.geometry = replace(self.geometry, size=message["size"])
-                if "size" in self.spec.options:
-                    self.spec = _with_size(self.spec, self.geometry.size)
+                self.geometry = replace(geometry, size=message["size"])
                 then()
 
+            # First: should the worker die in the middle, the next one opens what is wanted.
+            self._note_size(size)
             self._ask("resize", "resized", OPEN_SECONDS, resized, disk=self.spec.name, size=size)
 
         # The kernel must never believe in blocks that the disk does not have.
-        if size >= self.geometry.size:
+        if size >= geometry.size:
             resize_disk(lambda: resize_device(lambda: finish(None)))
         else:
             resize_device(lambda: resize_disk(lambda: finish(None)))
+
+    def _note_size(self, size: int) -> None:
+        if "size" in self.spec.options:
+            self.spec = _with_size(self.spec, size)
 
     # --- falling ---
 
@@ -326,6 +330,7 @@ class DiskControl:
         ):
             _, done = self._resize
             self._resize = None
+            self._note_size(self.geometry.size)
             done(error)
             return
         if self._attaching is not None and self.path is None and self._opened:

@@ -252,11 +252,19 @@ def test_a_disk_in_use_is_not_opened_again(disk: Open) -> None:
     assert raised.value.errno == errno.EBUSY
 
 
-def test_another_size_is_refused(disk: Open) -> None:
-    disk(4 << 20).close()
-    with pytest.raises(OSError, match=f"holds a disk of {4 << 20} bytes, not {8 << 20}"):
-        disk(8 << 20)
-    assert shared_memory("disk", INSTANCE).exists()
+@pytest.mark.parametrize("size", [2 << 20, 8 << 20])
+def test_a_disk_whose_worker_died_in_a_resize_gets_the_size_that_is_wanted(
+    disk: Open, size: int
+) -> None:
+    first = disk(4 << 20)
+    first.memory.back(0, 4 << 20)
+    first.memory.data[: 4 << 20] = b"k" * (4 << 20)
+    first.close()
+    again = disk(size)
+    kept = min(size, 4 << 20)
+    assert again.size == size
+    assert bytes(again.memory.data[:kept]) == b"k" * kept
+    assert not any(again.memory.read(kept, size - kept))
 
 
 @pytest.mark.parametrize(
