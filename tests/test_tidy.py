@@ -21,6 +21,8 @@ LINE_MAX = 100
 FUNCTION_MAX = 70
 FILE_MAX = 500
 
+PRAGMA = re.compile(r"  # (noqa|type: ignore).*")
+
 #: What has one place, and where that is.
 OWNERS = {
     r"^\s*(import|from) zmq\b": "reactor/bus.py",
@@ -41,7 +43,8 @@ FORBIDDEN = [
 
 def tracked() -> list[Path]:
     """The project's files, also those that are not committed yet."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    safe = ["-c", "safe.directory=*"]  # root may test another user's checkout
+    command = ["git", *safe, "ls-files", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     paths = [ROOT / name for name in listing.stdout.splitlines()]
     return [path for path in paths if path.is_file()]
@@ -143,7 +146,7 @@ def test_lines_are_short() -> None:
         f"{show(path)}:{number}"
         for path in code
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if len(line) > LINE_MAX
+        if len(PRAGMA.sub("", line)) > LINE_MAX
     ]
     assert not wrong
 
