@@ -146,20 +146,19 @@ def _smallest_block(fd: int, path: str, *, is_device: bool, direct: bool) -> int
 def _size(
     fd: int, path: str, wanted: int | None, block_size: int, *, is_device: bool, readonly: bool
 ) -> int:
-    size = os.lseek(fd, 0, os.SEEK_END)
-    if wanted is not None and wanted != size:
-        if is_device:
-            raise _error(errno.EINVAL, path, f"is a device of {size} bytes: leave out `size`")
-        if wanted < size:
-            problem = f"has {size} bytes already and is not cut to {wanted}"
-            raise _error(errno.EINVAL, path, problem)
-    size = wanted or size
+    """Return the disk's size; grows a regular file to it, of a device it may be a part."""
+    available = os.lseek(fd, 0, os.SEEK_END)
+    size = wanted or available
+    if is_device and size > available:
+        raise _error(errno.ENOSPC, path, f"has only {available} bytes, not {size}")
+    if not is_device and size < available:
+        raise _error(errno.EINVAL, path, f"has {available} bytes already and is not cut to {size}")
     if size == 0:
         raise _error(errno.EINVAL, path, "is empty")
     if size % block_size:
         problem = f"its size {size} is not a multiple of the block size {block_size}"
         raise _error(errno.EINVAL, path, problem)
-    if size > os.lseek(fd, 0, os.SEEK_END):
+    if size > available:
         if readonly:
             problem = f"is smaller than {size} bytes, and the disk is read-only"
             raise _error(errno.EINVAL, path, problem)

@@ -32,7 +32,12 @@ class Requester:
         self._cookie = 0
 
     def submit(
-        self, command: int, offset: int = 0, length: int = 0, payload: bytes = b"", flags: int = 0
+        self,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        payload: bytes | bytearray = b"",
+        flags: int = 0,
     ) -> int:
         """Submit a request; its answer will be in `answers` under the returned cookie."""
         self._cookie += 1
@@ -45,7 +50,12 @@ class Requester:
         return self._cookie
 
     def do(
-        self, command: int, offset: int = 0, length: int = 0, payload: bytes = b"", flags: int = 0
+        self,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        payload: bytes | bytearray = b"",
+        flags: int = 0,
     ) -> Answer:
         """Submit a request and wait for its answer."""
         cookie = self.submit(command, offset, length, payload, flags)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import psutil
 
 from tests.commands import nbdsh
 from tests.running import RunningService
@@ -17,6 +20,10 @@ def config(tmp_path: Path) -> str:
         "disks:\n  a: {backend: file, size: 1MiB, direct: true, "
         f"path: {tmp_path}/image, listen: 'unix:{tmp_path}/a.sock'}}\n"
     )
+
+
+def replaced(running: RunningService, worker: psutil.Process) -> bool:
+    return running.workers().get(0, worker) != worker
 
 
 def test_a_disk_starts_once_the_last_user_lets_its_file_go(service: Start, tmp_path: Path) -> None:
@@ -44,7 +51,7 @@ def test_a_killed_worker_comes_back_with_its_file(service: Start, tmp_path: Path
         # Plenty is in flight when it dies; the kernel ends that after the process.
         script = "[h.aio_pwrite(nbd.Buffer(4096), 65536 + 4096 * n) for n in range(200)]"
         nbdsh(uri, f"{script}; import os; os.kill({worker.pid}, 9)")
-        running.await_true(lambda old=worker: running.workers().get(0, old) != old)  # type: ignore[misc]
+        running.await_true(partial(replaced, running, worker))
         running.await_state("a", "online")
     nbdsh(uri, "assert h.pread(4096, 8192) == b'x' * 4096")
 

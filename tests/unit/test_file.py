@@ -119,7 +119,7 @@ def test_a_payload_may_change_once_it_is_submitted(disk: Opened) -> None:
     cookies = []
     for block in range(16):
         payload[:] = bytes([block]) * 4096
-        cookies.append(disk.requester.submit(NBD_CMD_WRITE, block * 4096, payload=payload))  # type: ignore[arg-type]
+        cookies.append(disk.requester.submit(NBD_CMD_WRITE, block * 4096, payload=payload))
     disk.requester.wait()
     assert all(disk.requester.answers[cookie] == (0, b"") for cookie in cookies)
     for block in range(16):

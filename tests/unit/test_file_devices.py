@@ -132,13 +132,17 @@ def test_a_claimed_device_is_refused_for_writing(
     assert problem(opened, path) == (errno.EBUSY, text)
 
 
-def test_a_device_has_its_own_size(tmp_path: Path, device: Device, opened: Open) -> None:
+def test_a_device_is_shown_whole_or_in_part(tmp_path: Path, device: Device, opened: Open) -> None:
     path = device(tmp_path / "backing", MIB)
-    text = f"is a device of {MIB} bytes: leave out `size`"
-    assert problem(opened, path, size=2 * MIB) == (errno.EINVAL, text)
-    disk = opened(path)
+    text = f"has only {MIB} bytes, not {2 * MIB}"
+    assert problem(opened, path, size=2 * MIB) == (errno.ENOSPC, text)
+    disk = opened(path, size=MIB // 2)
+    assert disk.disk.size == MIB // 2
+    disk.disk.resize(MIB)
+    assert disk.requester.read(MIB // 2, 4096) == bytes(4096)
     with pytest.raises(OSError, match=f"the device has only {MIB} bytes"):
         disk.disk.resize(2 * MIB)
+    assert disk.disk.size == MIB
 
 
 def test_a_device_that_grew_can_be_shown_whole(
