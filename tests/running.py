@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,12 @@ class RunningService:
 
     def workers(self) -> dict[int, psutil.Process]:
         """The living workers by core."""
-        return {
-            worker["core"]: psutil.Process(worker["pid"])
-            for worker in self.rpc("reactor_get_workers")
-            if worker["pid"]
-        }
+        living = {}
+        for worker in self.rpc("reactor_get_workers"):
+            if worker["pid"]:
+                with suppress(psutil.NoSuchProcess):  # it has died since
+                    living[worker["core"]] = psutil.Process(worker["pid"])
+        return living
 
     def await_state(self, name: str, state: str, seconds: float = START_SECONDS) -> dict[str, Any]:
         """Wait until disk `name` is in `state`; returns what reactor_get_disks says of it."""
