@@ -113,9 +113,13 @@ def service(tmp_path: Path) -> Iterator[Callable[..., RunningService]]:
     """A factory of running services; each is stopped, and must stop cleanly, at the end."""
     started: list[RunningService] = []
 
-    def start(config: str | None = None, *arguments: str, **settings: Any) -> RunningService:
+    def start(
+        config: str | None = None, *arguments: str, await_ready: bool = True, **settings: object
+    ) -> RunningService:
         running = RunningService(tmp_path / f"s{len(started)}", config, *arguments, **settings)
         started.append(running)
+        if await_ready:
+            running.await_line("ready:")
         return running
 
     yield start

@@ -76,6 +76,7 @@ class Server:
         self._connections: set[Connection] = set()
         self._resumed = threading.Event()
         self._resumed.set()
+        self._dying = threading.Event()
         self._thread = threading.Thread(target=self._reactor.run)
         self._thread.start()
 
@@ -97,19 +98,22 @@ class Server:
         self.call(begin)
 
     def die(self) -> None:
-        """Close every connection at once, as a killed worker does."""
-
-        def close() -> None:
-            for connection in list(self._connections):
-                connection.close("died")
-
+        """Close every connection at once, as a killed worker does; a stall ends with it."""
+        self._dying.set()
         self._resumed.set()
-        self.call(close)
+        self.call(self._close_all)
+        self._dying.clear()
 
     def stall(self) -> None:
-        """Serve nothing until `resume`."""
+        """Serve nothing until `resume`, or nothing more at all when it dies."""
+
+        def wait() -> None:
+            self._resumed.wait()
+            if self._dying.is_set():  # before the loop reads what came meanwhile
+                self._close_all()
+
         self._resumed.clear()
-        self._reactor.call_from_thread(self._resumed.wait)
+        self._reactor.call_from_thread(wait)
 
     def resume(self) -> None:
         """Serve again."""
@@ -126,6 +130,10 @@ class Server:
         self.call(self._reactor.stop)
         self._thread.join()
         self._reactor.close()
+
+    def _close_all(self) -> None:
+        for connection in list(self._connections):
+            connection.close("died")
 
     def _forget(self, connection: Connection, _reason: str) -> None:
         self._connections.discard(connection)
