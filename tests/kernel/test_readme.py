@@ -38,6 +38,7 @@ def test_the_commands_of_the_readme_work(tmp_path: Path, own_srv: None) -> None:
     config = (ROOT / shlex.split(serve)[2]).read_text()
     service = RunningService(tmp_path / "service", config, runtime_dir=RUNTIME_DIR)
     try:
+        service.await_line("ready:")
         for line in after:
             shell(line)
     finally:
