@@ -36,7 +36,7 @@ OWNERS = {
 FORBIDDEN = [
     r"(?<![\w.])/(home|work)/\w",  # a path on somebody's machine
     r"\bissues? #?\d",
-    r"(?<![\w&])#\d+\b(?![\w;])",
+    r"(?<![\w&\"'])#\d+\b(?![\w;])",  # in quotes it is a colour
     r"\b(TODO|FIXME|XXX)\b",
 ]
 
