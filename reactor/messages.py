@@ -21,7 +21,6 @@ _DISK = {"id": int, "disk": str}
 
 #: What the controller says.
 COMMANDS: Final[dict[str, dict[str, type]]] = {
-    "identify": {},  # say hello: this controller does not know you
     "welcome": {},  # the hello was taken
     "start": {"id": int, "spec": dict},  # open the disk, serve its listeners
     "stop": {**_DISK, "seconds": float},  # drain for at most so long, then release everything

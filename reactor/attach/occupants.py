@@ -29,8 +29,8 @@ def occupation(path: str, index: int) -> str:
         return f"{path} is attached by nbd-reactor already, as {tag}"
     owner = _process(thread)
     if owner is None:
-        ended = "by a process that has ended; if nobody needs it"
-        return f"{path} is attached already, {ended}: nbd-client -d {path}"
+        free = f"if nobody needs it: nbd-client -d {path}"
+        return f"{path} is attached already, over netlink by another program; {free}"
     return f"{path} is attached already, by {owner}"
 
 

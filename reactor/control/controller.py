@@ -39,6 +39,7 @@ TICK_SECONDS: Final = 1.0
 STOP_SECONDS: Final = 120.0  # an orderly stop; after that it is forced
 FORCE_SECONDS: Final = 15.0
 DISKS_MAX: Final = 4096
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 log = logger(__name__)
 
@@ -46,6 +47,9 @@ log = logger(__name__)
 def run(options: Options) -> int:
     """Run the service until it is asked to stop; returns the exit status."""
     setproctitle("nbd-reactor: controller")
+    # Blocked until the loop can take them, and again when it is gone: an orderly stop is the only
+    # way that they end this process.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     specs = _read_config(options)
     runtime = RuntimeDir(options.runtime_dir)
     try:
@@ -79,10 +83,11 @@ class Controller:
         self._options = options
         self._runtime = runtime
         self._disks: dict[str, DiskControl] = {}
-        self._configured: set[str] = set()  # the names that the config gave
+        self._configured: dict[str, DiskSpec] = {}  # as the config gave them
+        self._successors: dict[str, DiskSpec] = {}  # made when the disk of that name is gone
         self._ready = self._stopping = self._forced = False
         self._handed = handed_sockets()
-        self._host = Host(self.reactor, runtime.instance, self._on_settled)
+        self._host = Host(self.reactor, runtime.instance, self._on_settled, self._may_attach)
         self._bus = ControllerBus(self.reactor, runtime.path / "bus.sock", self._on_event)
         self._workers = {
             core: WorkerProcess(
@@ -103,14 +108,14 @@ class Controller:
         for number in (signal.SIGTERM, signal.SIGINT):
             self.reactor.add_signal(number, self.shut_down)
         self.reactor.add_signal(signal.SIGHUP, lambda: self.reload(_log_reload))
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             cores = place_all(specs, self._options.cores)
         except OSError as error:
             raise UsageError(reason(error)) from error
         for spec in specs:
             self._add(spec, cores[spec.name])
-            self._configured.add(spec.name)
+            self._configured[spec.name] = spec
         self._detach_unclaimed()
         for worker in self._workers.values():
             worker.spawn()
@@ -118,6 +123,7 @@ class Controller:
 
     def close(self) -> None:
         """Release everything; the workers are gone or are killed here."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for worker in self._workers.values():
             worker.kill("the controller ends")
         for sock in self._handed.values():
@@ -217,17 +223,30 @@ class Controller:
         except (ReactorError, OSError) as error:
             done(error)
             return
-        for name in sorted(self._configured - set(wanted)):
-            if name in self._disks:
-                self._disks[name].want("gone")
-        self._configured = set(wanted)
+        before, self._configured = self._configured, wanted
+        for name in before.keys() - wanted.keys() & self._disks.keys():
+            self._successors.pop(name, None)
+            self._disks[name].want("gone")
         for name, spec in wanted.items():
             disk = self._disks.get(name)
             if disk is None:
                 self._add(spec, cores[name]).step()
-            elif disk.spec != spec or disk.desired != "online" or disk.failure is not None:
-                disk.change(spec)
+            elif spec != before.get(name) or disk.desired == "gone":
+                self._change(disk, before.get(name), spec)
+            elif disk.failure is not None:
+                disk.want("online")
         done(None)
+
+    def _change(self, disk: DiskControl, before: DiskSpec | None, spec: DiskSpec) -> None:
+        """Make `disk` what `spec` says: in place if it can be, else by a new disk of its name."""
+        if disk.desired != "gone" and disk.change(spec):
+            return
+        self._successors[spec.name] = spec
+        same_storage = before is not None and (
+            (before.backend, before.options) == (spec.backend, spec.options)
+        )
+        disk.keep_memory = disk.keep_memory or same_storage
+        disk.want("gone")
 
     def shut_down(self) -> None:
         """Stop in order; a second time, by force."""
@@ -237,6 +256,7 @@ class Controller:
         log.info("stopping")
         notify("STOPPING=1")
         self._stopping = True
+        self._successors.clear()
         self.reactor.call_later(STOP_SECONDS, self._force)
         for disk in list(self._disks.values()):
             disk.keep_device = self._options.on_exit == "keep"
@@ -255,7 +275,7 @@ class Controller:
             worker.heard(kind, message["reactor"])
             for name, counters in message["disks"].items():
                 disk = self._disks.get(name)
-                if disk is not None and isinstance(counters, dict):
+                if disk is not None and disk.worker is worker and isinstance(counters, dict):
                     disk.statistics = counters
             return
         worker.heard(kind)
@@ -276,13 +296,39 @@ class Controller:
 
     def _on_settled(self, disk: DiskControl | None) -> None:
         if disk is not None and disk.desired == "gone":
-            self._disks.pop(disk.spec.name, None)
+            del self._disks[disk.spec.name]
+            self._succeed(disk.spec.name)
+        for other in list(self._disks.values()):
+            if other.path is None and other.spec.device is not None:
+                # It may have waited for this disk's device.
+                self.reactor.call_from_thread(other.step)
         if self._stopping:
             self._end_if_stopped()
         elif not self._ready:
             up = all(worker.state in ("running", "failed") for worker in self._workers.values())
             if up and all(disk.settled for disk in self._disks.values()):
                 self._report_ready()
+
+    def _succeed(self, name: str) -> None:
+        spec = self._successors.pop(name, None)
+        if spec is None:
+            return
+        placed = [(disk.spec, disk.worker.core) for disk in self._disks.values()]
+        try:
+            core = place(spec, placed, self._options.cores)
+        except OSError as error:
+            log.error("%s", reason(error))
+        else:
+            self._add(spec, core).step()
+
+    def _may_attach(self, disk: DiskControl) -> bool:
+        """Whether no other disk's device must come or go first."""
+        if disk.spec.device == "auto":
+            # Whoever names its device goes first, or `auto` might take it.
+            return not any(other.awaits_device for other in self._disks.values())
+        return not any(
+            other.path == disk.spec.device and other.leaves_device for other in self._disks.values()
+        )
 
     def _report_ready(self) -> None:
         self._ready = True
@@ -330,6 +376,8 @@ class Controller:
             return
         log.warning("stopping by force")
         self._forced = True
+        for disk in self._disks.values():
+            disk.forced = True
         for worker in self._workers.values():
             worker.shut_down()
             worker.kill("stopping by force")
@@ -382,7 +430,7 @@ class Controller:
 
     def _holder(self, device: str | None) -> str | None:
         for disk in self._disks.values():
-            if device in (disk.path, disk.spec.device):
+            if device == disk.path or (device == disk.spec.device and device != "auto"):
                 return disk.spec.name
         return None
 

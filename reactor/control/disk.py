@@ -46,6 +46,7 @@ class Host:
     reactor: Reactor
     instance: str
     on_settled: Callable[[DiskControl], None]  # a disk is what it should be, or failed
+    may_attach: Callable[[DiskControl], bool]  # no other disk goes first
 
     def tag(self, disk: str) -> str:
         """Return the backend identifier under which the kernel holds the disk's device."""
@@ -60,17 +61,18 @@ class DiskControl:
         self.worker = worker
         self.desired: Desired = "online"
         self.keep_device = False  # stop the disk, but let the kernel hold its device
+        self.keep_memory = False  # its successor takes over what it keeps outside its worker
+        self.forced = False  # stop without writing back
         self.failure: Exception | None = None
         self.settled = False
         self.statistics: dict[str, int] = {}
         self.geometry = Geometry()
         self._host = host
-        self._next_spec: DiskSpec | None = None  # stop only to come up again as this
         self._opened = False  # the worker has the disk open
         self._hot = False  # removed, not stopped: what is written back would fail anyway
         self._refusing = False  # the worker refuses I/O
         self._errand = Errand(host.reactor, worker, self.step)
-        self._link = DeviceLink(host.reactor, self._errand, worker, self._on_failed)
+        self._link = DeviceLink(host.reactor, self._errand, worker, self._on_link_failed)
         self._waiting: list[Done] = []
         self._attaching: Callable[[str | Exception], None] | None = None
         self._resize: tuple[int, Done] | None = None
@@ -88,16 +90,19 @@ class DiskControl:
         self._hot = self._hot or hot
         self._again(done)
 
-    def change(self, spec: DiskSpec) -> None:
-        """Become `spec`: in place where only device or size differ, else by a restart."""
+    def change(self, spec: DiskSpec) -> bool:
+        """Become `spec` in place, if only device or size differ; else nothing happens: False."""
         size = spec.options.get("size")
         if replace(spec, device=self.spec.device) == self.spec:
             self.spec = spec
-        elif size and self.online and self.spec == _with_size(spec, self.spec.options.get("size")):
+            self.want("online")
+            return True
+        old = replace(self.spec, device=spec.device)
+        if size and self.online and old == _with_size(spec, self.spec.options.get("size")):
+            self.spec = old
             self.resize(size, self._report_resize)
-        else:
-            self._next_spec = spec
-        self.want("online")
+            return True
+        return False
 
     def attach(self, device: str | None, done: Callable[[str | Exception], None]) -> None:
         """Attach to `device` (None: the first free)."""
@@ -132,6 +137,17 @@ class DiskControl:
     def path(self) -> str | None:
         """The device really attached."""
         return self._link.path
+
+    @property
+    def awaits_device(self) -> bool:
+        """Whether it is about to attach a device that it names."""
+        named = self.spec.device not in (None, "auto")
+        return named and self.path is None and self._rising()
+
+    @property
+    def leaves_device(self) -> bool:
+        """Whether it is about to let go of its device."""
+        return not self._rising() or self.spec.device not in ("auto", self.path)
 
     @property
     def online(self) -> bool:
@@ -192,6 +208,8 @@ class DiskControl:
     def step(self) -> None:
         """Do the next thing, if nothing is awaited."""
         if self._errand.busy():
+            if not self._rising() and self._errand.needs_worker() and self.worker.is_silent:
+                self.worker.kill(f"disk {self.spec.name} must stop and it does not answer")
             return
         if self._rising():
             self._rise()
@@ -203,7 +221,7 @@ class DiskControl:
     # --- rising ---
 
     def _rising(self) -> bool:
-        return self.desired == "online" and self.failure is None and self._next_spec is None
+        return self.desired == "online" and self.failure is None
 
     def _rise(self) -> None:
         wanted, link = self.spec.device, self._link
@@ -211,11 +229,14 @@ class DiskControl:
         if not self._opened:
             self._open()
         elif device is None and wanted is not None:
-            link.attach(self.spec, self._host.tag(self.spec.name), self.geometry)
+            if self._host.may_attach(self):
+                link.attach(self.spec, self._host.tag(self.spec.name), self.geometry)
         elif device is not None and wanted not in ("auto", device.path):
-            self._release_device(device)
+            self._let_go(device)
         elif device is not None and not link.linked:
             link.reconnect(device)
+        elif device is not None and not link.fitted:
+            link.fit(device, self.geometry)
         elif device is not None and not link.probed:
             link.probe(device)
         elif self._resize is not None:
@@ -282,7 +303,7 @@ class DiskControl:
         if self._hot and self._opened and not self._refusing and self.worker.healthy:
             self._ask("remove", "removed", REMOVE_SECONDS, lambda _: None, disk=self.spec.name)
         elif device is not None and not keep:
-            self._release_device(device)
+            self._let_go(device)
         elif self._opened:
             self._ask(
                 "stop",
@@ -292,32 +313,35 @@ class DiskControl:
                 disk=self.spec.name,
                 seconds=DRAIN_SECONDS,
             )
-        elif self._next_spec is not None and self.desired == "online":
-            self._become(self._next_spec)
         else:
-            if self.desired == "gone" and not self.keep_device:
-                self._discard(self.spec)
+            if self.desired == "gone" and not (self.keep_device or self.keep_memory):
+                self._discard()
             self._settle()
 
-    def _release_device(self, device: Device) -> None:
+    def _writes_back(self) -> bool:
         # What is written back to a disk that was removed or failed would only fail again.
-        self._link.release(device, write_back=not self._hot and self.failure is None)
+        return not self._hot and self.failure is None and not self.forced
+
+    def _let_go(self, device: Device) -> None:
+        """Do the next thing on the way to no device, with its cache written if that can be."""
+        link = self._link
+        unwritten = not link.linked and not link.flushed and self._writes_back()
+        if not unwritten or not device.can_reconnect or self.worker.state == "failed":
+            link.release(device, write_back=self._writes_back())
+        elif self._opened:
+            link.reconnect(device)
+        else:
+            self._open()
 
     def _on_stopped(self, _message: Message) -> None:
         self._opened = self._refusing = False
         self.statistics = {}
 
-    def _become(self, spec: DiskSpec) -> None:
-        old, self.spec, self._next_spec = self.spec, spec, None
-        if (old.backend, old.options) != (spec.backend, spec.options):
-            self._discard(old)
-        self.step()
-
-    def _discard(self, spec: DiskSpec) -> None:
+    def _discard(self) -> None:
         try:
-            registry.backend(spec.backend).discard(spec.name, self._host.instance)
+            registry.backend(self.spec.backend).discard(self.spec.name, self._host.instance)
         except (OSError, ReactorError) as error:
-            log.error("disk %s: what it kept is not removed: %s", spec.name, reason(error))
+            log.error("disk %s: what it kept is not removed: %s", self.spec.name, reason(error))
 
     # --- waiting and answering ---
 
@@ -333,14 +357,18 @@ class DiskControl:
             self._note_size(self.geometry.size)
             done(error)
             return
-        if self._attaching is not None and self.path is None and self._opened:
-            attaching, self._attaching = self._attaching, None
-            self.spec = self.spec.with_device(None)
-            attaching(error)
-            return
         if self.failure is None:
             log.error("disk %s failed: %s", self.spec.name, reason(error))
             self.failure = error
+
+    def _on_link_failed(self, error: Exception) -> None:
+        """Fail the disk; but a device that was asked for at run time fails alone."""
+        if self._attaching is None:
+            self._on_failed(error)
+            return
+        attaching, self._attaching = self._attaching, None
+        self.spec = self.spec.with_device(None)
+        attaching(error)
 
     def _on_removed(self, why: str) -> None:
         self._refusing = True

@@ -31,6 +31,10 @@ class Errand:
         """Whether something is awaited."""
         return bool(self._command) or self._call is not None or self._pause is not None
 
+    def needs_worker(self) -> bool:
+        """Whether only the worker can bring what is awaited."""
+        return bool(self._command) or (self._call is not None and self._call_needs_worker)
+
     def awaits(self, answer: str) -> bool:
         """Whether the worker's `answer` is what is awaited."""
         return bool(self._command) and self._expected == answer
@@ -104,11 +108,13 @@ class Errand:
         self._call_needs_worker = needs_worker
         self._call = BlockingCall(self._reactor, name, within, function, finished, late)
 
-    def pause(self, seconds: float) -> None:
-        """Wait before the next thing."""
+    def pause(self, seconds: float, then: Callable[[], None] | None = None) -> None:
+        """Wait before the next thing, which is `then` if it is given."""
 
         def go_on() -> None:
             self._pause = None
+            if then is not None:
+                then()
             self._on_end()
 
         self._pause = self._reactor.call_later(seconds, go_on)

@@ -6,6 +6,7 @@ import errno
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from reactor.attach.device import Device, attach
@@ -26,6 +27,8 @@ DRAIN_SECONDS: Final = 10.0
 ANSWER_SECONDS: Final = 5.0  # what an answer may take beyond the work itself
 RETRY_SECONDS: Final = 0.05
 TRIES_MAX: Final = 200
+TRIES_PER_COUNT: Final = 10
+HANDOVER_TRIES: Final = 200
 STEADY_SECONDS: Final = 10.0  # a connection that lasted so long was a good one
 SOCKET_BUFFER: Final = 4 << 20  # bytes each way between kernel and worker; the host may cap it
 
@@ -44,7 +47,8 @@ class Geometry:
 class DeviceLink:
     """At most one device. Each method begins one thing on the disk's errand.
 
-    `linked`: the worker serves the device; `probed`: a read has come through.
+    `linked`: the worker serves the device; `probed`: a read has come through; `fitted`: the kernel
+    has the disk's size.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class DeviceLink:
         self.linked = False
         self.probed = False
         self.flushed = False
+        self.fitted = False
         self._reactor = reactor
         self._errand = errand
         self._worker = worker
@@ -66,6 +71,7 @@ class DeviceLink:
         self._generation = 0
         self._attached_generation = 0  # the first of this attachment
         self._lost = 0  # connections that must be replaced
+        self._detaching = False
         self._tries = 0
         self._linked_ns = 0
 
@@ -90,8 +96,8 @@ class DeviceLink:
 
     def connection_lost(self, generation: int) -> None:
         """Note that one connection ended while its worker lives."""
-        closing = self._errand.awaits("released")
-        if generation < self._attached_generation or not self.linked or closing:
+        expected = self.device is None or self._errand.awaits("released") or self._detaching
+        if generation < self._attached_generation or expected:
             return
         log.warning("device %s lost a connection", self.path)
         self.linked = False
@@ -103,6 +109,7 @@ class DeviceLink:
         """Take over a device that the kernel still holds; it carried I/O before."""
         self.device = device
         self.probed = True
+        self.fitted = False
         self._disk = spec.name
         self._lost = spec.connections
 
@@ -111,6 +118,7 @@ class DeviceLink:
         wanted = spec.device
         assert wanted is not None
         kernel_ends, worker_ends = _socket_pairs(spec.connections)
+        asked = self._worker.pid
         self._disk = spec.name
 
         def attach_it() -> Device:
@@ -134,9 +142,10 @@ class DeviceLink:
                 return
             self.device = device
             self.probed = self.flushed = False
+            self.fitted = True
             self._attached_generation = self._generation + 1
             self._lost = len(worker_ends)
-            self._hand_over(worker_ends)
+            self._hand_over(worker_ends, asked)
 
         name = f"attaching {wanted} to disk {spec.name}"
         self._errand.call(name, ATTACH_SECONDS, attach_it, attached, late=self._detach_late)
@@ -153,14 +162,18 @@ class DeviceLink:
             self._on_failed(DeviceError(errno.EIO, message))
             return
         kernel_ends, worker_ends = _socket_pairs(max(self._lost, 1))
+        asked = self._worker.pid
 
         def reconnected(_: None, error: Exception | None) -> None:
             if error is None:
                 log.info("disk %s: device %s has a new socket", self._disk, device.path)
-                self._hand_over(worker_ends)
+                self._hand_over(worker_ends, asked)
                 return
             _close_all(worker_ends)
             if isinstance(error, DeviceError) and error.errno == errno.EAGAIN:
+                # Either the kernel has not noticed yet, or it has fewer sockets than we offer.
+                if self._lost > 1 and self._tries % TRIES_PER_COUNT == 0:
+                    self._lost -= 1
                 self._errand.pause(RETRY_SECONDS)
             else:
                 self._on_failed(error)
@@ -185,9 +198,29 @@ class DeviceLink:
             f"reading {device.path}", PROBE_SECONDS, device.probe, probed, needs_worker=True
         )
 
+    def fit(self, device: Device, geometry: Geometry) -> None:
+        """Tell the kernel the size of a disk that may have changed while nobody served it."""
+
+        def fitted(_: None, error: Exception | None) -> None:
+            self.fitted = True
+            if error is not None:
+                self._on_failed(error)
+
+        self._errand.call(
+            f"resizing {device.path}",
+            ATTACH_SECONDS,
+            lambda: device.resize(geometry.size, geometry.block_size),
+            fitted,
+        )
+
     def release(self, device: Device, *, write_back: bool) -> None:
         """Do the next thing on the way to no device."""
         if not self.linked:
+            if write_back and not self.flushed:
+                log.error(
+                    "disk %s: what was not yet written back from %s is lost: no worker serves it",
+                    *(self._disk, device.path),
+                )
             self.detach(device)
         elif not self._worker.healthy:
             self._worker.kill(f"{device.path} must be detached and it does not answer")
@@ -201,11 +234,12 @@ class DeviceLink:
 
         def detached(_: None, error: Exception | None) -> None:
             self.device = None
-            self.probed = False
+            self.probed = self._detaching = False
             if error is not None:
                 log.error("disk %s: %s", self._disk, reason(error))
 
-        self.linked = False  # the connection's end is expected
+        self.linked = False
+        self._detaching = True
         self._lost = 0
         self._errand.call(f"detaching {device.path}", DETACH_SECONDS, device.detach, detached)
 
@@ -218,7 +252,6 @@ class DeviceLink:
 
         def closed(_message: Message) -> None:
             self.linked = False
-            self._lost = 0
 
         self._errand.ask(
             "release",
@@ -240,8 +273,16 @@ class DeviceLink:
             f"writing back {device.path}", FLUSH_SECONDS, device.flush, flushed, needs_worker=True
         )
 
-    def _hand_over(self, worker_ends: Sequence[socket.socket]) -> None:
-        """Give the worker its ends and keep none, so that its death is seen by the kernel."""
+    def _hand_over(
+        self, worker_ends: Sequence[socket.socket], asked: int | None, tries: int = HANDOVER_TRIES
+    ) -> None:
+        """Give the worker its ends and keep none, so that its death is seen by the kernel.
+
+        `asked` is the worker that has the disk open; to a later one the ends mean nothing yet.
+        """
+        if self._worker.pid is None or self._worker.pid != asked:
+            _close_all(worker_ends)
+            return
         self._generation += 1
         try:
             self._worker.hand_over(
@@ -250,16 +291,21 @@ class DeviceLink:
                 disk=self._disk,
                 generation=self._generation,
             )
+        except BlockingIOError:  # its queue is full (net.unix.max_dgram_qlen)
+            if tries:
+                again = partial(self._hand_over, worker_ends, asked, tries - 1)
+                self._errand.pause(RETRY_SECONDS, again)
+                return
+            log.warning("disk %s: worker core %d takes no sockets", self._disk, self._worker.core)
         except OSError as error:
-            # The worker died or is full; the kernel sees its link dead, and the next step retries.
+            # The worker died; the kernel sees its link dead, and the next step tries again.
             log.warning("disk %s: handing over a socket: %s", self._disk, reason(error))
             self._errand.pause(RETRY_SECONDS)
         else:
-            self._lost = 0
-            self.linked = True
+            self._lost -= len(worker_ends)
+            self.linked = self._lost <= 0
             self._linked_ns = self._reactor.clock()
-        finally:
-            _close_all(worker_ends)
+        _close_all(worker_ends)
 
     def _detach_late(self, device: Device) -> None:
         """Undo an attach that came through after its deadline."""

@@ -72,6 +72,11 @@ class WorkerProcess:
         """Whether it runs and has been heard of lately."""
         return self.state == "running" and self._silence() < SILENCE_SECONDS
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it lives, but has not been heard of for too long."""
+        return self.state == "running" and self._silence() >= SILENCE_SECONDS
+
     def status(self, disks: tuple[str, ...]) -> WorkerStatus:
         """Return what front ends show."""
         return WorkerStatus(
@@ -102,8 +107,12 @@ class WorkerProcess:
             self._pidfd = os.pidfd_open(self._process.pid)
         except OSError as error:
             log.error("worker core %d cannot be started: %s", self.core, error)
-            self._process = None
+            if self._process is not None:  # nobody could watch it
+                self._process.kill()
+                self._process.wait()
+                self._process = None
             self._plan_respawn(quickly=True)
+            self._on_change(self)
             return
         self._reactor.add_fd(self._pidfd, self._on_exit, name=f"worker {self.core}")
         self._identity = f"worker-{self.core}-{self._process.pid}".encode()

@@ -70,7 +70,6 @@ class Worker:
 
     def _on_command(self, message: Message) -> None:
         handler = {
-            "identify": self._identify,
             "welcome": self._welcome,
             "start": self._start,
             "stop": self._stop,
@@ -100,10 +99,6 @@ class Worker:
             errno=number,
             reason=reason(error),
         )
-
-    def _identify(self, _message: Message) -> None:
-        self._welcomed = False
-        self._say_hello()
 
     def _welcome(self, _message: Message) -> None:
         self._welcomed = True
@@ -187,7 +182,10 @@ class Worker:
             served.release(message["seconds"], released)
 
     def _remove(self, message: Message) -> None:
-        served = self._served(message)
+        served = self._disks.get(message["disk"])
+        if served is None:
+            self._bus.send("removed", id=0, disk=message["disk"], reason="it is not served")
+            return
         self._unlisten(served)
         served.remove("hot remove was asked for")
 
@@ -288,16 +286,28 @@ class Worker:
             except OSError as error:
                 log.error("taking descriptors: %s", reason(error))
                 return True
-            socks = [socket.socket(fileno=fd) for fd in fds]
-            try:
-                if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                    raise BusError("a handover was cut short")
-                self._take(decode(header, HANDOVERS), socks)
-            except (BusError, OSError, ValueError) as error:
-                log.warning("handover refused: %s", reason(error))
-                for sock in socks:
-                    sock.close()
+            cut_short = bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
+            self._take_handover(header, fds, cut_short=cut_short)
         return True
+
+    def _take_handover(self, header: bytes, fds: list[int], *, cut_short: bool) -> None:
+        socks = [socket.socket(fileno=fd) for fd in fds]
+        try:
+            message = decode(header, HANDOVERS)
+        except BusError as error:
+            log.warning("handover refused: %s", error)
+            _close_all(socks)
+            return
+        try:
+            if cut_short:  # no descriptors were left for it
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self._take(message, socks)
+        except (OSError, ValueError) as error:
+            log.warning("handover refused: %s", reason(error))
+            _close_all(socks)
+            if message["type"] == "connection":
+                fields = {name: message[name] for name in ("disk", "generation")}
+                self._bus.send("disconnected", reason=reason(error), **fields)
 
     def _take(self, message: Message, socks: list[socket.socket]) -> None:
         if message["type"] == "listener":
@@ -311,6 +321,11 @@ class Worker:
         for sock in socks:
             sock.setblocking(False)
             served.serve(sock, message["generation"])
+
+
+def _close_all(socks: list[socket.socket]) -> None:
+    for sock in socks:
+        sock.close()
 
 
 def _disk_name(message: Message) -> str:

@@ -1,0 +1,112 @@
+"""SIGHUP and `reload`: become what the config says, and disturb nothing that it does not name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import commands
+from tests.running import RunningService
+
+Start = Callable[..., RunningService]
+MIB = 1 << 20
+
+
+def ram(tmp_path: Path, *names: str, more: str = "") -> str:
+    lines = "".join(
+        f"  {name}: {{backend: malloc, size: 8MiB, listen: 'unix:{tmp_path}/{name}.sock'{more}}}\n"
+        for name in names
+    )
+    return f"disks:\n{lines}"
+
+
+def nbdsh(tmp_path: Path, name: str, script: str) -> str:
+    return commands.nbdsh(f"nbd+unix:///{name}?socket={tmp_path}/{name}.sock", script)
+
+
+def test_it_starts_stops_and_changes_only_what_differs(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "stays", "goes"))
+    with socket.socket(socket.AF_UNIX) as stays:
+        stays.connect(str(tmp_path / "stays.sock"))
+        assert stays.recv(18).startswith(b"NBDMAGIC")
+        running.config_path.write_text(ram(tmp_path, "stays", "comes"))
+        running.process.send_signal(signal.SIGHUP)
+        running.await_line("config reloaded")
+        running.await_state("comes", "online")
+        running.await_true(lambda: not (tmp_path / "goes.sock").exists())
+        nbdsh(tmp_path, "comes", "h.pread(512, 0)")
+        stays.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            stays.recv(1)
+
+
+def test_a_bad_config_changes_nothing(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    running.config_path.write_text("disks: {a: {backend: malloc, sise: 1}}")
+    running.process.send_signal(signal.SIGHUP)
+    running.await_line("config not reloaded")
+    nbdsh(tmp_path, "a", "h.pread(512, 0)")
+
+
+def test_a_memory_disk_is_resized_and_keeps_its_data(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    nbdsh(tmp_path, "a", "h.pwrite(b'k' * 4096, 0)")
+    running.config_path.write_text(ram(tmp_path, "a").replace("8MiB", "16MiB"))
+    running.rpc("reactor_reload")
+    running.await_true(lambda: running.rpc("reactor_get_disks", name="a")[0]["size"] == 16 * MIB)
+    nbdsh(tmp_path, "a", "assert h.get_size() == 16 << 20; assert h.pread(4096, 0) == b'k' * 4096")
+
+
+def test_an_unchanged_config_undoes_nothing_that_was_done_at_run_time(
+    service: Start, tmp_path: Path
+) -> None:
+    image = tmp_path / "image"
+    running = service(f"disks: {{f: {{backend: file, path: {image}, size: 4MiB}}}}")
+    running.rpc("reactor_resize_disk", name="f", size=8 * MIB)
+    running.rpc("reactor_reload")
+    running.rpc("bdev_malloc_create", name="later", num_blocks=2048, block_size=512)
+    running.rpc("reactor_reload")
+    assert running.rpc("reactor_get_disks", name="f")[0]["size"] == 8 * MIB
+    assert image.stat().st_size == 8 * MIB
+    running.await_state("later", "online")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_a_disk_moves_to_another_core_with_its_data(service: Start, tmp_path: Path) -> None:
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    running = service(ram(tmp_path, "a", more=f", core: {first}"), cores=f"{first},{second}")
+    nbdsh(tmp_path, "a", "h.pwrite(b'm' * 4096, 0)")
+    running.config_path.write_text(ram(tmp_path, "a", more=f", core: {second}"))
+    running.rpc("reactor_reload")
+
+    def moved() -> bool:
+        disks = running.rpc("reactor_get_disks")
+        return [(disk["core"], disk["state"]) for disk in disks] == [(second, "online")]
+
+    running.await_true(moved)
+    nbdsh(tmp_path, "a", "assert h.pread(4096, 0) == b'm' * 4096")
+
+
+def test_a_disk_that_is_taken_out_and_put_back_at_once_comes_back(
+    service: Start, tmp_path: Path
+) -> None:
+    running = service(ram(tmp_path, "a", "b"))
+    running.config_path.write_text(ram(tmp_path, "b"))
+    running.rpc("reactor_reload")
+    running.config_path.write_text(ram(tmp_path, "a", "b"))
+    running.rpc("reactor_reload")
+
+    def both() -> bool:
+        disks = running.rpc("reactor_get_disks")
+        return sorted((disk["name"], disk["state"]) for disk in disks) == [
+            ("a", "online"),
+            ("b", "online"),
+        ]
+
+    running.await_true(both)
+    nbdsh(tmp_path, "a", "h.pread(512, 0)")
