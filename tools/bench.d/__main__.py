@@ -1,0 +1,215 @@
+"""Compare nbd-reactor with other NBD servers, and with a floor, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import plot
+import tables
+from measuring import Plan, measure
+from points import CASES, Case
+from results import Results
+from servers import BenchError
+
+from reactor import __version__
+from reactor.units import parse_size
+
+REPETITIONS: Final = 5
+SECONDS: Final = 1.5
+IDLE_SECONDS: Final = 10.0
+QUICK_REPETITIONS: Final = 3
+QUICK_SECONDS: Final = 0.25
+QUICK_IDLE_SECONDS: Final = 3.0
+SIZE: Final = "256MiB"
+DIRECTORY: Final = "/var/tmp"  # /tmp may be in memory, and there is no O_DIRECT there
+VERSIONS: Final = {
+    "nbdkit": ["nbdkit", "--version"],
+    "qemu-nbd": ["qemu-nbd", "--version"],
+    "nbd-server": ["nbd-server", "-V"],
+    "fio": ["fio", "--version"],
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = _parse(arguments)
+    cases = [case for case in CASES if case.quick or not options.quick]
+    cases = [case for case in cases if options.only.search(case.name)]
+    if options.list:
+        _show("\n".join(case.name for case in cases))
+        return 0
+    if not cases:
+        return _fail("--only leaves nothing", 2)
+    # What was started is stopped either way.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    results = Results(_about(options))
+    try:
+        measure(_plan(options, cases), results)
+    except (BenchError, OSError) as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        print("interrupted; this is what was measured:", file=sys.stderr)
+    if options.json:
+        options.json.write_text(json.dumps(results.plain(), indent=1) + "\n")
+    if options.plot:
+        options.plot.write_text(plot.as_svg(results))
+    _show(tables.as_text(results))
+    return 0
+
+
+def _show(text: str) -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may want only the beginning
+    print(text, flush=True)
+
+
+def _fail(why: str, status: int) -> int:
+    print(f"tools/bench: {why}", file=sys.stderr)
+    return status
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="about two minutes")
+    parser.add_argument(
+        "--only", type=_pattern, default="", metavar="REGEX", help="cases whose names match"
+    )
+    parser.add_argument("--list", action="store_true", help="show the names of the cases")
+    parser.add_argument("--repetitions", type=_positive, metavar="N")
+    parser.add_argument("--seconds", type=_duration, metavar="S", help="of each measurement")
+    parser.add_argument(
+        "--idle-seconds", type=_seconds, metavar="S", help="of watching idle servers; 0: do not"
+    )
+    parser.add_argument(
+        "--size", type=_size, default=SIZE, help="of each disk (default %(default)s)"
+    )
+    parser.add_argument(
+        "--cores", type=_cores, default=None, metavar="SERVER,LOAD", help="default: the first two"
+    )
+    parser.add_argument(
+        "--directory", type=Path, default=DIRECTORY, help="for file disks (default %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write IOPS over depth as SVG")
+    options = parser.parse_args(arguments)
+    for path in (options.json, options.plot):
+        if path and not path.absolute().parent.is_dir():
+            parser.error(f"{path}: no such directory")  # better now than after an hour
+    options.cores = options.cores or _first_cores()
+    return options
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return float(text)
+
+
+def _duration(text: str) -> float:
+    seconds = _seconds(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError("nothing can be measured in no time")
+    return seconds
+
+
+def _size(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if size < 16 << 20 or size % (1 << 20):
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 1MiB from 16MiB on")
+    return size
+
+
+def _cores(text: str) -> tuple[int, int]:
+    words = text.split(",")
+    allowed = {str(core) for core in os.sched_getaffinity(0)}
+    if len(words) != 2 or not allowed.issuperset(words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two of the cores {sorted(allowed)}")
+    return int(words[0]), int(words[1])
+
+
+def _first_cores() -> tuple[int, int]:
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) == 1:
+        print("tools/bench: only one core: server and load share it", file=sys.stderr)
+    return allowed[0], allowed[1 % len(allowed)]
+
+
+def _plan(options: argparse.Namespace, cases: Sequence[Case]) -> Plan:
+    quick = options.quick
+    idle = options.idle_seconds
+    if idle is None:
+        idle = QUICK_IDLE_SECONDS if quick else IDLE_SECONDS
+    server_core, load_core = options.cores
+    return Plan(
+        cases=cases,
+        repetitions=options.repetitions or (QUICK_REPETITIONS if quick else REPETITIONS),
+        seconds=options.seconds or (QUICK_SECONDS if quick else SECONDS),
+        idle_seconds=idle,
+        size=options.size,
+        server_core=server_core,
+        load_core=load_core,
+        directory=options.directory,
+    )
+
+
+def _about(options: argparse.Namespace) -> dict[str, Any]:
+    """Describe the run: when, where, with what."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["tools/bench", *sys.argv[1:]]),
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],  # of the machine, before
+        "cores": {"server": options.cores[0], "load": options.cores[1]},
+        "versions": {"nbd-reactor": __version__, **_versions()},
+    }
+
+
+def _cpu_model() -> str:
+    models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return models[0] if models else platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name, command in VERSIONS.items():
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:
+            continue
+        match = re.search(r"\d+(\.\d+)+", said.stdout + said.stderr)
+        found[name] = match[0] if match else "unknown"
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""The servers that are compared, each on the disks that it can serve."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import processes
+import psutil
+
+HERE: Final = Path(__file__).parent
+EXPORT: Final = "bench"
+START_SECONDS: Final = 30.0
+OURS: Final = "nbd-reactor"
+FLOOR: Final = "floor"
+
+
+class BenchError(Exception):
+    """Something that was to be measured does not work; the others go on."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one server runs: its own folder, the image of its disk, its core."""
+
+    folder: Path
+    image: Path
+    size: int  # bytes
+    core: int
+    floor: Path | None  # the program, when it could be compiled
+
+    @property
+    def socket(self) -> Path:
+        """Where it listens."""
+        return self.folder / "socket"
+
+    @property
+    def pid_file(self) -> Path:
+        """Where a server that leaves for the background says its pid."""
+        return self.folder / "pid"
+
+
+Command = Callable[[Place], list[str]]
+
+
+def _reactor(place: Place, disks: str) -> list[str]:
+    config = place.folder / "disks.yaml"
+    config.write_text(f"disks:\n{disks}")
+    command = [sys.executable, "-m", "reactor", "--runtime-dir", str(place.folder / "run")]
+    return [*command, "--cores", str(place.core), "--config", str(config)]
+
+
+def _reactor_disk(*keys: str) -> Command:
+    def command(place: Place) -> list[str]:
+        values = [key.format(size=place.size, image=place.image) for key in keys]
+        return _reactor(
+            place, f"  {EXPORT}: {{{', '.join([*values, f'listen: unix:{place.socket}'])}}}\n"
+        )
+
+    return command
+
+
+def idle_reactor(count: int) -> Command:
+    """Return the command for a service with `count` small disks, on sockets `socket-N`."""
+
+    def command(place: Place) -> list[str]:
+        disk = "  d{0}: {{backend: malloc, size: 1MiB, listen: unix:{1}-{0}}}\n"
+        return _reactor(place, "".join(disk.format(n, place.socket) for n in range(count)))
+
+    return command
+
+
+def _nbdkit(*plugin: str) -> Command:
+    def command(place: Place) -> list[str]:
+        words = [word.format(size=place.size, image=place.image, here=HERE) for word in plugin]
+        return ["nbdkit", "-f", "-U", str(place.socket), *words]
+
+    return command
+
+
+def _qemu(*options: str) -> Command:
+    def command(place: Place) -> list[str]:
+        serve = [
+            "qemu-nbd",
+            "--persistent",
+            "--shared=8",
+            "--format=raw",
+            f"--export-name={EXPORT}",
+        ]
+        return [*serve, *options, f"--socket={place.socket}", str(place.image)]
+
+    return command
+
+
+def _nbd_server(place: Place) -> list[str]:
+    config = place.folder / "config"
+    config.write_text(
+        f"[generic]\nunixsock = {place.socket}\n[{EXPORT}]\nexportname = {place.image}\n"
+    )
+    return ["nbd-server", "-C", str(config), "-p", str(place.pid_file)]
+
+
+def _floor(place: Place) -> list[str]:
+    return [str(place.floor), str(place.socket), str(place.size)]
+
+
+#: By kind of disk and server, ours first: the others are compared to it.
+COMMANDS: Final[Mapping[str, Mapping[str, Command]]] = {
+    "memory": {
+        OURS: _reactor_disk("backend: malloc", "size: {size}"),
+        FLOOR: _floor,
+        "nbdkit": _nbdkit("memory", "{size}"),
+        "qemu-nbd": _qemu(),
+        "nbd-server": _nbd_server,
+    },
+    "file": {
+        OURS: _reactor_disk("backend: file", "path: {image}"),
+        "nbdkit": _nbdkit("file", "{image}"),
+        "qemu-nbd": _qemu(),
+        "nbd-server": _nbd_server,
+    },
+    "direct": {
+        OURS: _reactor_disk("backend: file", "path: {image}", "direct: true"),
+        "qemu-nbd": _qemu("--cache=none", "--aio=io_uring"),
+    },
+    "python": {
+        OURS: _reactor_disk("backend: python", "size: {size}"),
+        "nbdkit": _nbdkit("python", "{here}/nbdkit_disk.py", "bytes={size}"),
+    },
+}
+#: On the image of our `direct` disk itself: what the storage can do.
+NATIVE_ENGINES: Final = ("fio io_uring", "fio libaio")
+#: These two keep the disk in anonymous memory, which is not theirs.
+ANONYMOUS: Final = frozenset({("memory", "nbdkit"), ("python", "nbdkit"), ("python", OURS)})
+
+
+def missing(kind: str, name: str, floor: Path | None) -> str | None:
+    """Return why a server cannot run here."""
+    if name == FLOOR:
+        return None if floor else "floor: needs gcc"
+    if name == OURS:
+        return None
+    if shutil.which(name) is None:
+        return f"{name}: not installed (Debian package {name.replace('qemu-nbd', 'qemu-utils')})"
+    if kind == "python":
+        plugin = ["nbdkit", "python", "--dump-plugin"]
+        if subprocess.run(plugin, capture_output=True, check=False).returncode:
+            return "nbdkit's Python plugin: not installed (Debian package nbdkit-plugin-python)"
+    return None
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs."""
+
+    name: str
+    kind: str
+    place: Place
+    pid: int
+
+    @property
+    def uri(self) -> str:
+        """For other clients."""
+        return f"nbd+unix:///{EXPORT}?socket={self.place.socket}"
+
+    def resident_bytes(self) -> list[int]:
+        """Return the memory of each of its processes, without that of a memory disk."""
+        found = processes.resident_bytes(self.pid)
+        if (self.kind, self.name) in ANONYMOUS:
+            found[found.index(max(found))] -= self.place.size
+        return found
+
+
+@contextlib.contextmanager
+def running(name: str, kind: str, command: Command, place: Place) -> Iterator[Server]:
+    """Run a server on its core until the end of the context; raises BenchError."""
+    place.folder.mkdir()
+    words = command(place)
+    path = [str(HERE / "python_disk"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    log = place.folder / "log"
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            processes.pinned(place.core, *words),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        )
+    pid = started.pid
+    try:
+        _await(name, place, started, log)
+        if place.pid_file.exists():  # it left for the background
+            started.wait()
+            pid = int(place.pid_file.read_text())
+        yield Server(name, kind, place, pid)
+    except (OSError, psutil.Error) as error:
+        raise BenchError(f"{name}: {error}: {_tail(log)}") from error
+    finally:
+        processes.stop(processes.tree(pid))
+        started.wait()
+
+
+def _await(name: str, place: Place, started: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not (b"ready:" in log.read_bytes() if name == OURS else _listens(place.socket)):
+        if started.poll():
+            raise BenchError(f"{name}: exit status {started.returncode}: {_tail(log)}")
+        if time.monotonic() > deadline:
+            raise BenchError(f"{name}: does not listen: {_tail(log)}")
+        time.sleep(0.01)
+
+
+def _listens(path: Path) -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+        return True
+    return False
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-500:].strip()
