@@ -248,3 +248,8 @@ class Backend(ABC):
     @classmethod
     def discard(cls, name: str, instance: str) -> None:
         """Remove what the disk keeps outside its worker. No worker holds the disk any more."""
+
+    @classmethod
+    def leftovers(cls, instance: str) -> list[str]:
+        """Return the names of the disks of which something is kept outside any worker."""
+        return []

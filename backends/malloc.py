@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 from typing import Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from backends.api import COMMAND, DONE, FLAGS, Backend, Buffer, Channel, Disk, Owner, Request
 from reactor.log import logger
@@ -358,6 +358,11 @@ class MallocBackend(Backend):
     @classmethod
     def discard(cls, name: str, instance: str) -> None:
         shared_memory(name, instance).unlink(missing_ok=True)
+
+    @classmethod
+    def leftovers(cls, instance: str) -> list[str]:
+        prefix = shared_memory("", instance).name
+        return [unquote(path.name.removeprefix(prefix)) for path in DIRECTORY.glob(f"{prefix}*")]
 
 
 def _chunks(end: int) -> int:

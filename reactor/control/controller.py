@@ -117,6 +117,7 @@ class Controller:
             self._add(spec, cores[spec.name])
             self._configured[spec.name] = spec
         self._detach_unclaimed()
+        self._report_leftovers()
         for worker in self._workers.values():
             worker.spawn()
         self._tick()
@@ -415,6 +416,22 @@ class Controller:
                     device.detach,
                     _log_detach,
                 )
+
+    def _report_leftovers(self) -> None:
+        """Name the disks of a dead service that still hold data here; only they may reuse it."""
+        for backend in registry.names():
+            try:
+                names = registry.backend(backend).leftovers(self._runtime.instance)
+            except ReactorError as error:
+                log.debug("%s", error)
+                continue
+            for name in names:
+                if name not in self._disks:
+                    log.warning(
+                        "a dead service left data of the %s disk %s: make that disk again to use"
+                        " the data, or to remove it",
+                        *(backend, name),
+                    )
 
     def _check_new(self, spec: DiskSpec) -> None:
         if self._stopping:

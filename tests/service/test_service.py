@@ -166,6 +166,22 @@ def test_workers_serve_on_without_their_controller(service: Start, tmp_path: Pat
     assert len(again.workers()) == 1
 
 
+def test_memory_that_a_dead_service_left_is_reported_and_reused_by_its_disk(
+    service: Start, tmp_path: Path
+) -> None:
+    running = service(ram(tmp_path, "a"))
+    nbdsh(tmp_path, "a", "h.pwrite(b'l' * 4096, 0)")
+    running.process.kill()
+    running.process.wait()
+    again = service(runtime_dir=running.runtime_dir)
+    again.await_line("left data of the malloc disk a")
+    again.rpc("bdev_malloc_create", name="a", num_blocks=16384, block_size=512)
+    keys = {"backend": "malloc", "size": "8MiB", "listen": f"unix:{tmp_path}/a.sock"}
+    again.rpc("reactor_remove_disk", name="a")
+    assert again.rpc_raw("reactor_start_disk", name="a", keys=keys)["result"] is True
+    nbdsh(tmp_path, "a", "assert h.pread(4096, 0) == bytes(4096)")
+
+
 def test_workers_are_named_and_pinned(service: Start) -> None:
     core = min(os.sched_getaffinity(0))
     running = service(cores=str(core))
