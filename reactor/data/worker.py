@@ -20,6 +20,7 @@ from setproctitle import setproctitle
 
 from reactor import __version__
 from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
+from reactor.data import pressure
 from reactor.data.listener import Listener
 from reactor.data.serving import ServedDisk
 from reactor.errors import BusError, ReactorError, reason
@@ -380,6 +381,7 @@ def main() -> int:
     faulthandler.enable()
     setproctitle(f"nbd-reactor: {name}")
     controller = os.getppid()
+    pressure.prepare()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each client
     try:

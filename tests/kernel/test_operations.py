@@ -94,3 +94,13 @@ def test_sixteen_disks_come_back_when_their_worker_is_killed(service: Start) -> 
         device = running.await_state(disk["name"], "online")["device"]
         assert attached(device)
         run("dd", f"if={device}", "of=/dev/null", "bs=4k", "count=8", "iflag=direct")
+
+
+def test_workers_are_spared_under_memory_pressure(service: Start) -> None:
+    worker = service().workers()[0]
+    assert Path(f"/proc/{worker.pid}/oom_score_adj").read_text().strip() == "-900"
+    io_flusher = 0x00080000 | 0x00100000  # PF_MEMALLOC_NOIO, PF_LOCAL_THROTTLE
+    for thread in worker.threads():
+        stat = Path(f"/proc/{worker.pid}/task/{thread.id}/stat").read_text()
+        flags = int(stat.rpartition(")")[2].split()[6])
+        assert flags & io_flusher == io_flusher
