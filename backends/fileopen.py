@@ -146,13 +146,14 @@ def _smallest_block(fd: int, path: str, *, is_device: bool, direct: bool) -> int
 def _size(
     fd: int, path: str, wanted: int | None, block_size: int, *, is_device: bool, readonly: bool
 ) -> int:
-    """Return the disk's size; grows a regular file to it, of a device it may be a part."""
+    """Return the disk's size: of a file at least `wanted`, of a device it may be a part."""
     available = os.lseek(fd, 0, os.SEEK_END)
     size = wanted or available
+    if not is_device and size < available:
+        # Grown at run time, or made larger by its owner: `size` makes and grows, it never cuts.
+        size = available
     if is_device and size > available:
         raise _error(errno.ENOSPC, path, f"has only {available} bytes, not {size}")
-    if not is_device and size < available:
-        raise _error(errno.EINVAL, path, f"has {available} bytes already and is not cut to {size}")
     if size == 0:
         raise _error(errno.EINVAL, path, "is empty")
     if size % block_size:

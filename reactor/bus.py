@@ -18,7 +18,7 @@ import zmq
 from reactor.errors import BusError
 from reactor.log import logger
 from reactor.loop import Reactor
-from reactor.messages import COMMANDS, EVENTS, Message, decode, encode
+from reactor.messages import COMMANDS, EVENTS, MESSAGE_MAX, Message, decode, encode
 
 QUEUE_MAX: Final = 10_000  # messages to one peer; beyond, sending is refused
 MESSAGES_PER_TURN: Final = 64
@@ -37,7 +37,7 @@ class _Socket:
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
         self._socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, 2 << 20)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_MAX)
         fd = self._socket.getsockopt(zmq.FD)
         assert isinstance(fd, int)
         self._fd = fd
@@ -57,7 +57,12 @@ class _Socket:
         for _ in range(MESSAGES_PER_TURN):
             if self._socket.closed or not self._readable():
                 return True
-            self._received(self._socket.recv_multipart(zmq.NOBLOCK))
+            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            try:
+                self._received(frames)
+            except Exception:
+                # A bug, but what follows must be received: the descriptor tells of it only once.
+                log.exception("a control message could not be handled")
         self._look_again()
         return True
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar
 
-from reactor import __version__, log
+from reactor import __version__, log, streams
 from reactor.cores import parse_cores
 from reactor.errors import ConfigError, ReactorError, UsageError, quoted, reason
 from reactor.loop import MODES
@@ -40,6 +40,7 @@ exit status:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    streams.open_missing()
     try:
         arguments = _parser().parse_args(argv)
         if arguments.check:

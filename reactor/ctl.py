@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from reactor import __version__
+from reactor import __version__, streams
 from reactor.errors import ReactorError, reason
 from reactor.options import RPC_SOCKET, default_runtime_dir
 from reactor.rpc_client import RpcClient
@@ -39,6 +39,7 @@ Command = Callable[[RpcClient, argparse.Namespace], tuple[Any, str]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    streams.open_missing()
     arguments = _parser().parse_args(argv)
     command: Command = arguments.command
     try:

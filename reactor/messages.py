@@ -13,7 +13,7 @@ import msgpack
 from reactor.errors import BusError
 
 VERSION: Final = 1
-MESSAGE_MAX: Final = 1 << 20  # bytes
+MESSAGE_MAX: Final = 4 << 20  # bytes; the counters of all disks that a worker can have
 
 Message: TypeAlias = dict[str, Any]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from ipaddress import ip_address
 from typing import Any, Final, Literal, TypeAlias
 
 AttachWay: TypeAlias = Literal["auto", "netlink", "ioctl"]
@@ -48,7 +49,7 @@ class Address:
         if kind == "tcp" and target:
             host, colon, port = target.rpartition(":")
             if colon and host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535:
-                return cls("tcp", host.removeprefix("[").removesuffix("]"), int(port))
+                return cls("tcp", _host(host), int(port))
             raise ValueError("expected tcp:HOST:PORT with a port from 1 to 65535")
         raise ValueError("expected unix:PATH, tcp:HOST:PORT or systemd:NAME")
 
@@ -57,6 +58,17 @@ class Address:
             return f"{self.kind}:{self.target}"
         host = f"[{self.target}]" if ":" in self.target else self.target
         return f"tcp:{host}:{self.port}"
+
+
+def _host(text: str) -> str:
+    """Return the host as the socket wants it; a name is refused, looking it up may block."""
+    host = text.removeprefix("[").removesuffix("]")
+    if host != "localhost":
+        try:
+            ip_address(host.partition("%")[0])
+        except ValueError:
+            raise ValueError("HOST must be an IP address or localhost") from None
+    return host
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +91,11 @@ class DiskSpec:
     def with_device(self, device: str | None) -> DiskSpec:
         """Return the same disk on another device."""
         return replace(self, device=device)
+
+    def same_storage(self, other: DiskSpec) -> bool:
+        """Whether both mean the same data, whatever size it should have."""
+        mine, theirs = ({**spec.options, "size": 0} for spec in (self, other))
+        return self.backend == other.backend and mine == theirs
 
     def to_message(self) -> dict[str, Any]:
         """Return the plain map that crosses the bus."""

@@ -130,7 +130,8 @@ def describe(value: Value) -> str:
 def dump(specs: Iterable[DiskSpec]) -> str:
     """Return the disks.yaml that makes `specs` again."""
     disks = {spec.name: _plain(spec) for spec in specs}
-    return yaml.safe_dump({"disks": disks}, sort_keys=False, allow_unicode=True, width=10_000)
+    # Escaped beyond ASCII: some characters there end a line in YAML.
+    return yaml.safe_dump({"disks": disks}, sort_keys=False, width=10_000)
 
 
 def _text(path: Path, problems: Problems) -> str:

@@ -8,19 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Final
+from typing import Any, Final
 
 from setproctitle import setproctitle
 
 from backends import registry
 from reactor import config
-from reactor.attach.device import adopt, held
+from reactor.attach.device import adopt
 from reactor.bus import ControllerBus
-from reactor.control.blocking import BlockingCall
+from reactor.control import leftovers
 from reactor.control.demo import demo_disks
 from reactor.control.disk import DiskControl, Host
 from reactor.control.exporter import Exporter
-from reactor.control.link import DETACH_SECONDS
 from reactor.control.methods import methods
 from reactor.control.notify import handed_sockets, notify
 from reactor.control.plan import place, place_all
@@ -87,7 +86,9 @@ class Controller:
         self._successors: dict[str, DiskSpec] = {}  # made when the disk of that name is gone
         self._ready = self._stopping = self._forced = False
         self._handed = handed_sockets()
-        self._host = Host(self.reactor, runtime.instance, self._on_settled, self._may_attach)
+        self._host = Host(
+            self.reactor, runtime.instance, self._on_settled, self._may_attach, self._is_succeeded
+        )
         self._bus = ControllerBus(self.reactor, runtime.path / "bus.sock", self._on_event)
         self._workers = {
             core: WorkerProcess(
@@ -116,8 +117,8 @@ class Controller:
         for spec in specs:
             self._add(spec, cores[spec.name])
             self._configured[spec.name] = spec
-        self._detach_unclaimed()
-        self._report_leftovers()
+        leftovers.detach_unclaimed(self.reactor, self._host.tag(""), self._is_on_device)
+        leftovers.report(self._runtime.instance, self._disks)
         for worker in self._workers.values():
             worker.spawn()
         self._tick()
@@ -127,8 +128,9 @@ class Controller:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for worker in self._workers.values():
             worker.kill("the controller ends")
-        for sock in self._handed.values():
-            sock.close()
+        for socks in self._handed.values():
+            for sock in socks:
+                sock.close()
         self._opened.close()
 
     # --- Service: what front ends ask ---
@@ -173,7 +175,9 @@ class Controller:
     def start(self, name: str, done: Done) -> None:
         """Bring up a disk that is down."""
         disk = self._named(name, done)
-        if disk is not None:
+        if disk is not None and self._stopping:
+            done(OSError(errno.ESHUTDOWN, "the service is stopping"))
+        elif disk is not None:
             disk.worker.revive()
             disk.want("online", done)
 
@@ -187,6 +191,7 @@ class Controller:
         """Hot-remove a disk and forget it."""
         disk = self._named(name, done)
         if disk is not None:
+            self._successors.pop(name, None)
             disk.want("gone", done, hot=True)
 
     def resize(self, name: str, size: int, done: Done) -> None:
@@ -217,6 +222,9 @@ class Controller:
 
     def reload(self, done: Done) -> None:
         """Read the config again and become what it says."""
+        if self._stopping:
+            done(OSError(errno.ESHUTDOWN, "the service is stopping"))
+            return
         try:
             specs = _read_config(self._options)
             wanted = {spec.name: spec for spec in specs}
@@ -233,21 +241,20 @@ class Controller:
             if disk is None:
                 self._add(spec, cores[name]).step()
             elif spec != before.get(name) or disk.desired == "gone":
-                self._change(disk, before.get(name), spec)
-            elif disk.failure is not None:
+                self._change(disk, spec)
+            elif disk.state == "failed":  # one whose storage was removed waits for `start`
                 disk.want("online")
         done(None)
 
-    def _change(self, disk: DiskControl, before: DiskSpec | None, spec: DiskSpec) -> None:
+    def _change(self, disk: DiskControl, spec: DiskSpec) -> None:
         """Make `disk` what `spec` says: in place if it can be, else by a new disk of its name."""
-        if disk.desired != "gone" and disk.change(spec):
-            return
-        self._successors[spec.name] = spec
-        same_storage = before is not None and (
-            (before.backend, before.options) == (spec.backend, spec.options)
-        )
-        disk.keep_memory = disk.keep_memory or same_storage
-        disk.want("gone")
+        if disk.desired == "gone" or not disk.change(spec):
+            self._successors[spec.name] = spec
+            disk.want("gone")
+
+    def _is_succeeded(self, disk: DiskControl) -> bool:
+        successor = self._successors.get(disk.spec.name)
+        return successor is not None and successor.same_storage(disk.spec)
 
     def shut_down(self) -> None:
         """Stop in order; a second time, by force."""
@@ -273,11 +280,11 @@ class Controller:
             return
         kind = message["type"]
         if kind == "statistics":
-            worker.heard(kind, message["reactor"])
+            worker.heard(kind, _counters(message["reactor"]))
             for name, counters in message["disks"].items():
                 disk = self._disks.get(name)
                 if disk is not None and disk.worker is worker and isinstance(counters, dict):
-                    disk.statistics = counters
+                    disk.statistics = _counters(counters)
             return
         worker.heard(kind)
         disk = self._disks.get(message.get("disk", ""))
@@ -297,8 +304,9 @@ class Controller:
 
     def _on_settled(self, disk: DiskControl | None) -> None:
         if disk is not None and disk.desired == "gone":
-            del self._disks[disk.spec.name]
-            self._succeed(disk.spec.name)
+            if self._disks.get(disk.spec.name) is disk:
+                del self._disks[disk.spec.name]
+            self._succeed(disk)
         for other in list(self._disks.values()):
             if other.path is None and other.spec.device is not None:
                 # It may have waited for this disk's device.
@@ -310,15 +318,16 @@ class Controller:
             if up and all(disk.settled for disk in self._disks.values()):
                 self._report_ready()
 
-    def _succeed(self, name: str) -> None:
-        spec = self._successors.pop(name, None)
+    def _succeed(self, disk: DiskControl) -> None:
+        spec = self._successors.pop(disk.spec.name, None)
         if spec is None:
             return
-        placed = [(disk.spec, disk.worker.core) for disk in self._disks.values()]
+        placed = [(other.spec, other.worker.core) for other in self._disks.values()]
         try:
             core = place(spec, placed, self._options.cores)
         except OSError as error:
             log.error("%s", reason(error))
+            disk.discard()
         else:
             self._add(spec, core).step()
 
@@ -401,37 +410,9 @@ class Controller:
             disk.adopt(left)
         return disk
 
-    def _detach_unclaimed(self) -> None:
-        """Free the devices that the kernel holds for a dead service and no disk of ours is on."""
-        prefix = self._host.tag("")
-        for tag in held(prefix):
-            disk = self._disks.get(tag.removeprefix(prefix))
-            device = adopt(tag) if disk is None or disk.path is None else None
-            if device is not None:
-                log.warning("%s is detached: no disk is to be on it any more", device.path)
-                BlockingCall(
-                    self.reactor,
-                    f"detaching {device.path}",
-                    DETACH_SECONDS,
-                    device.detach,
-                    _log_detach,
-                )
-
-    def _report_leftovers(self) -> None:
-        """Name the disks of a dead service that still hold data here; only they may reuse it."""
-        for backend in registry.names():
-            try:
-                names = registry.backend(backend).leftovers(self._runtime.instance)
-            except ReactorError as error:
-                log.debug("%s", error)
-                continue
-            for name in names:
-                if name not in self._disks:
-                    log.warning(
-                        "a dead service left data of the %s disk %s: make that disk again to use"
-                        " the data, or to remove it",
-                        *(backend, name),
-                    )
+    def _is_on_device(self, name: str) -> bool:
+        disk = self._disks.get(name)
+        return disk is not None and disk.path is not None
 
     def _check_new(self, spec: DiskSpec) -> None:
         if self._stopping:
@@ -458,22 +439,25 @@ class Controller:
         return disk
 
     def _hand_listeners(self, worker: WorkerProcess) -> None:
-        for name, sock in self._handed.items():
+        for name, socks in self._handed.items():
             try:
-                worker.hand_over("listener", [sock.fileno()], name=name)
+                worker.hand_over("listener", [sock.fileno() for sock in socks], name=name)
             except OSError as error:
                 log.error("socket %s of systemd is not handed over: %s", name, reason(error))
+
+
+def _counters(given: dict[Any, Any]) -> dict[str, int]:
+    return {
+        name: count
+        for name, count in given.items()
+        if isinstance(name, str) and isinstance(count, int)
+    }
 
 
 def _tell(line: str) -> None:
     """Tell the operator on standard error, whatever the log level is."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
-
-
-def _log_detach(_: None, error: Exception | None) -> None:
-    if error is not None:
-        log.error("%s", reason(error))
 
 
 def _log_reload(error: Exception | None) -> None:

@@ -32,6 +32,7 @@ from reactor.messages import Message
 from reactor.spec import DiskSpec
 
 OPEN_SECONDS: Final = 60.0
+RESIZE_RETRY_SECONDS: Final = 0.2
 REMOVE_SECONDS: Final = 15.0
 
 Desired: TypeAlias = Literal["online", "stopped", "gone"]
@@ -47,6 +48,7 @@ class Host:
     instance: str
     on_settled: Callable[[DiskControl], None]  # a disk is what it should be, or failed
     may_attach: Callable[[DiskControl], bool]  # no other disk goes first
+    is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage
 
     def tag(self, disk: str) -> str:
         """Return the backend identifier under which the kernel holds the disk's device."""
@@ -61,7 +63,6 @@ class DiskControl:
         self.worker = worker
         self.desired: Desired = "online"
         self.keep_device = False  # stop the disk, but let the kernel hold its device
-        self.keep_memory = False  # its successor takes over what it keeps outside its worker
         self.forced = False  # stop without writing back
         self.failure: Exception | None = None
         self.settled = False
@@ -71,8 +72,10 @@ class DiskControl:
         self._opened = False  # the worker has the disk open
         self._hot = False  # removed, not stopped: what is written back would fail anyway
         self._refusing = False  # the worker refuses I/O
+        self._again_online = False  # wanted online while it was still being removed
         self._errand = Errand(host.reactor, worker, self.step)
         self._link = DeviceLink(host.reactor, self._errand, worker, self._on_link_failed)
+        self._configured = spec
         self._waiting: list[Done] = []
         self._attaching: Callable[[str | Exception], None] | None = None
         self._resize: tuple[int, Done] | None = None
@@ -81,10 +84,15 @@ class DiskControl:
 
     def want(self, desired: Desired, done: Done | None = None, *, hot: bool = False) -> None:
         """Change what the disk should be; `done` comes when it is, or has failed."""
+        if desired == "online" and self._refusing:
+            self._again_online = True  # first it must be let go
+            self._again(done)
+            return
         if desired == "online":
             self.failure = None
             self._link.forgive()
             self._hot = False
+        self._again_online = False
         if self.desired != "gone":
             self.desired = desired
         self._hot = self._hot or hot
@@ -92,6 +100,7 @@ class DiskControl:
 
     def change(self, spec: DiskSpec) -> bool:
         """Become `spec` in place, if only device or size differ; else nothing happens: False."""
+        self._configured = spec
         size = spec.options.get("size")
         if replace(spec, device=self.spec.device) == self.spec:
             self.spec = spec
@@ -100,12 +109,22 @@ class DiskControl:
         old = replace(self.spec, device=spec.device)
         if size and self.online and old == _with_size(spec, self.spec.options.get("size")):
             self.spec = old
-            self.resize(size, self._report_resize)
+            if size < self.geometry.size:
+                log.warning(
+                    "disk %s keeps its %d bytes: a reload does not cut a disk, `resize` does",
+                    *(self.spec.name, self.geometry.size),
+                )
+                self.want("online")
+            else:
+                self.resize(size, self._report_resize)
             return True
         return False
 
     def attach(self, device: str | None, done: Callable[[str | Exception], None]) -> None:
         """Attach to `device` (None: the first free)."""
+        if not self._rising():
+            done(OSError(errno.ENODEV, f"disk {self.spec.name} is {self.state}"))
+            return
         if self.spec.device is not None or self.path is not None or self._attaching is not None:
             message = f"disk {self.spec.name} is on {self.path or self.spec.device} already"
             done(OSError(errno.EPERM, message))
@@ -115,7 +134,12 @@ class DiskControl:
         self._again(None)
 
     def _report_resize(self, error: Exception | None) -> None:
-        if error is not None:
+        if isinstance(error, OSError) and error.errno == errno.EBUSY and self._rising():
+            # Another resize is under way; the newest config counts.
+            self._host.reactor.call_later(
+                RESIZE_RETRY_SECONDS, lambda: self.change(self._configured)
+            )
+        elif error is not None:
             log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
 
     def detach(self, done: Done) -> None:
@@ -189,9 +213,16 @@ class DiskControl:
             self._on_removed(message["reason"])
         elif kind == "disconnected":
             self._link.connection_lost(message["generation"])
-        elif not self._errand.answered(message):
-            self._on_failed(OSError(message["errno"], message["reason"]))
+        else:
+            self._on_command_failed(self._errand.answered(message), message)
         self.step()
+
+    def _on_command_failed(self, command: str | None, message: Message) -> None:
+        if command in ("stop", "release"):
+            # Whatever it still does to the disk must end before the disk can be let go.
+            self.worker.kill(f"it cannot {command} disk {self.spec.name}: {message['reason']}")
+        elif command is not None:
+            self._on_failed(OSError(message["errno"], message["reason"]))
 
     def worker_lost(self) -> None:
         """Note that the worker is gone, with its channel and its ends of the sockets."""
@@ -226,6 +257,8 @@ class DiskControl:
     def _rise(self) -> None:
         wanted, link = self.spec.device, self._link
         device = link.device
+        if device is not None and wanted in ("auto", device.path):
+            link.stay()
         if not self._opened:
             self._open()
         elif device is None and wanted is not None:
@@ -314,8 +347,9 @@ class DiskControl:
                 seconds=DRAIN_SECONDS,
             )
         else:
-            if self.desired == "gone" and not (self.keep_device or self.keep_memory):
-                self._discard()
+            keep_memory = self.keep_device or self._host.is_succeeded(self)
+            if self.desired == "gone" and not keep_memory:
+                self.discard()
             self._settle()
 
     def _writes_back(self) -> bool:
@@ -337,7 +371,8 @@ class DiskControl:
         self._opened = self._refusing = False
         self.statistics = {}
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
+        """Remove what the disk keeps outside its worker."""
         try:
             registry.backend(self.spec.backend).discard(self.spec.name, self._host.instance)
         except (OSError, ReactorError) as error:
@@ -355,6 +390,7 @@ class DiskControl:
             _, done = self._resize
             self._resize = None
             self._note_size(self.geometry.size)
+            self._link.fitted = False  # should the kernel have the new size already
             done(error)
             return
         if self.failure is None:
@@ -379,6 +415,10 @@ class DiskControl:
             self.failure = ReactorError(f"its storage was removed: {why}")
 
     def _settle(self) -> None:
+        if self._again_online:
+            self._again_online = False
+            self.want("online")
+            return
         if self.settled:
             return
         self.settled = True
@@ -391,9 +431,10 @@ class DiskControl:
             self._resize = None
             resized(error or OSError(errno.ENODEV, "the disk is stopped"))
         waiting, self._waiting = self._waiting, []
+        self._host.on_settled(self)
+        # Last: whoever hears of it may want something else at once.
         for done in waiting:
             done(error)
-        self._host.on_settled(self)
 
     def _again(self, done: Done | None) -> None:
         self.settled = False

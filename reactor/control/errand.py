@@ -20,6 +20,7 @@ class Errand:
         self._on_end = on_end
         self._command = 0  # the id of the command whose answer is awaited
         self._last_command = 0
+        self._kind = ""
         self._expected = ""
         self._take: Callable[[Message], None] | None = None
         self._deadline: Timer | None = None
@@ -58,6 +59,7 @@ class Errand:
         if not self._worker.send(kind, id=self._last_command, **fields):
             return
         self._command = self._last_command
+        self._kind = kind
         self._expected = answer
         self._take = take
 
@@ -68,17 +70,17 @@ class Errand:
 
         self._deadline = self._reactor.call_later(within, expire)
 
-    def answered(self, message: Message) -> bool:
-        """Take `message` if it is the answer that is awaited, or its failure (then False)."""
+    def answered(self, message: Message) -> str | None:
+        """Take `message` if it is the answer that is awaited; returns the command that failed."""
         if not self._command or message["id"] != self._command:
-            return True
-        take, expected = self._take, self._expected
+            return None
+        take, kind, expected = self._take, self._kind, self._expected
         self.end_command()
         if message["type"] == "failed":
-            return False
+            return kind
         if take is not None and message["type"] == expected:
             take(message)
-        return True
+        return None
 
     def end_command(self) -> None:
         """Await the answer no longer."""

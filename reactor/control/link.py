@@ -89,6 +89,10 @@ class DeviceLink:
         """Begin to count failures anew."""
         self._tries = 0
 
+    def stay(self) -> None:
+        """Note that the device stays: what was written back is not all that will be."""
+        self.flushed = False
+
     def worker_lost(self, spec: DiskSpec) -> None:
         """Note that the worker's ends of all sockets are gone."""
         self.linked = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
+from reactor.errors import UsageError, reason
 from reactor.log import logger
 
 log = logger(__name__)
@@ -25,18 +26,23 @@ def notify(state: str) -> None:
         log.warning("the service manager cannot be told %s: %s", state, error)
 
 
-def handed_sockets() -> dict[str, socket.socket]:
-    """Take the sockets of systemd's socket activation, by name (sd_listen_fds(3))."""
+def handed_sockets() -> dict[str, list[socket.socket]]:
+    """Take the sockets of systemd's socket activation, by name (sd_listen_fds(3)).
+
+    A name may have several. Raises UsageError when what the environment says is not so.
+    """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
-    count = int(os.environ.get("LISTEN_FDS", "0"))
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    handed: dict[str, socket.socket] = {}
-    for position in range(count):
-        fd = 3 + position  # SD_LISTEN_FDS_START
-        os.set_inheritable(fd, False)
-        name = names[position] if position < len(names) and names[position] else "unknown"
-        handed[name] = socket.socket(fileno=fd)
+    handed: dict[str, list[socket.socket]] = {}
+    try:
+        for position in range(int(os.environ.get("LISTEN_FDS", "0"))):
+            fd = 3 + position  # SD_LISTEN_FDS_START
+            os.set_inheritable(fd, False)
+            name = names[position] if position < len(names) and names[position] else "unknown"
+            handed.setdefault(name, []).append(socket.socket(fileno=fd))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"the sockets that LISTEN_FDS names: {reason(error)}") from error
     for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(variable, None)  # not meant for the workers
     return handed

@@ -32,7 +32,9 @@ class RuntimeDir:
             )
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._check_owner()
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._lock = os.open(path / "lock", flags, 0o600)
         except OSError as error:
             raise ReactorError(f"runtime directory {reason(error)}") from error
         try:
@@ -65,6 +67,15 @@ class RuntimeDir:
         for name in ("bus.sock", *(path.name for path in self.path.glob("worker-*"))):
             (self.path / name).unlink(missing_ok=True)
         os.close(self._lock)
+
+    def _check_owner(self) -> None:
+        # Whoever else may write here could have us kill any process, or overwrite any file.
+        status = self.path.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise ReactorError(
+                f"runtime directory {self.path}: other users own it or may write to it;"
+                " remove it or choose another with --runtime-dir"
+            )
 
     def _read_instance(self) -> str:
         path = self.path / "instance"

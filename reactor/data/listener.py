@@ -14,7 +14,7 @@ from reactor.loop import READABLE, Reactor, Timer
 from reactor.protocol.export import Export
 from reactor.spec import Address
 
-NEGOTIATIONS_MAX: Final = 128  # clients in their handshake; more wait in the kernel's backlog
+NEGOTIATIONS_MAX: Final = 128  # clients in their handshake; one more takes the oldest's place
 ACCEPTS_PER_TURN: Final = 16
 ACCEPT_RETRY_SECONDS: Final = 1.0
 
@@ -41,7 +41,7 @@ class Listener:
         self.exports: dict[str, Export] = {}
         self._reactor = reactor
         self._on_client = on_client
-        self._negotiations: set[Negotiation] = set()
+        self._negotiations: dict[Negotiation, None] = {}  # the oldest first
         self._retry: Timer | None = None
         self._paused = False
         self._listening = listen(address) if sock is None else adopt(sock, address)
@@ -60,9 +60,6 @@ class Listener:
 
     def _on_ready(self, _events: int) -> bool:
         for _ in range(ACCEPTS_PER_TURN):
-            if len(self._negotiations) >= NEGOTIATIONS_MAX:
-                self._pause()
-                break
             try:
                 sock, peer = self._listening.sock.accept()
             except BlockingIOError:
@@ -86,13 +83,18 @@ class Listener:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if len(self._negotiations) >= NEGOTIATIONS_MAX:
+            # Whoever connects and says nothing must not shut the others out.
+            oldest = next(iter(self._negotiations))
+            del self._negotiations[oldest]
+            log.info("%s made room for another: it was not done with its handshake", oldest.name)
+            oldest.close()
         negotiation = Negotiation(self._reactor, sock, name, self.exports, self._on_over)
-        self._negotiations.add(negotiation)
+        self._negotiations[negotiation] = None
         negotiation.begin()
 
     def _on_over(self, negotiation: Negotiation) -> None:
-        self._negotiations.discard(negotiation)
-        self._resume()
+        self._negotiations.pop(negotiation, None)
         export = negotiation.export
         if export is None:
             return

@@ -50,8 +50,8 @@ class Worker:
         self._instance = instance
         self._disks: dict[str, ServedDisk] = {}
         self._retries: dict[str, Timer] = {}  # disks whose storage is still in use
-        self._listeners: dict[Address, Listener] = {}
-        self._handed: dict[str, socket.socket] = {}  # systemd's sockets, by name
+        self._listeners: dict[Address, list[Listener]] = {}
+        self._handed: dict[str, list[socket.socket]] = {}  # systemd's sockets, by name
         self._welcomed = False
         self._descriptors = _bind_descriptor_socket(descriptor_socket(runtime_dir, core))
         reactor.add_fd(self._descriptors.fileno(), self._take_descriptors, name="descriptors")
@@ -64,8 +64,8 @@ class Worker:
         self._bus.close()
         self._reactor.remove_fd(self._descriptors.fileno())
         self._descriptors.close()
-        for sock in self._handed.values():
-            sock.close()
+        for socks in self._handed.values():
+            _close_all(socks)
 
     # --- what the controller says ---
 
@@ -176,6 +176,7 @@ class Worker:
         def released() -> None:
             self._bus.send("released", id=message["id"], disk=message["disk"])
 
+        self._take_descriptors(0)  # a connection may have been sent before
         served = self._disks.get(message["disk"])
         if served is None:
             released()
@@ -242,23 +243,29 @@ class Worker:
 
     def _listen(self, served: ServedDisk) -> None:
         for address in served.spec.listen:
-            listener = self._listeners.get(address)
-            if listener is None:
-                listener = Listener(
-                    self._reactor, address, self._on_client, sock=self._handed_socket(address)
-                )
-                self._listeners[address] = listener
-            listener.exports[served.spec.name] = served.export
+            if address not in self._listeners:
+                self._listeners[address] = self._open_listeners(address)
+            for listener in self._listeners[address]:
+                listener.exports[served.spec.name] = served.export
 
     def _unlisten(self, served: ServedDisk) -> None:
         for address in served.spec.listen:
-            listener = self._listeners.get(address)
-            if listener is None:
-                continue
-            listener.exports.pop(served.spec.name, None)
-            if not listener.exports:
-                listener.close()
-                del self._listeners[address]
+            for listener in self._listeners.get(address, ()):
+                listener.exports.pop(served.spec.name, None)
+            if not any(listener.exports for listener in self._listeners.get(address, ())):
+                for listener in self._listeners.pop(address, ()):
+                    listener.close()
+
+    def _open_listeners(self, address: Address) -> list[Listener]:
+        if address.kind != "systemd":
+            return [Listener(self._reactor, address, self._on_client)]
+        self._take_descriptors(0)  # the controller sent them before it asked for the disk
+        handed = self._handed.get(address.target)
+        if not handed:
+            raise OSError(errno.ENOENT, f"systemd handed over no socket called {address.target}")
+        return [
+            Listener(self._reactor, address, self._on_client, sock=sock.dup()) for sock in handed
+        ]
 
     def _on_client(self, sock: socket.socket, export: Export, trailing: bytes) -> None:
         served = self._disks.get(export.name)
@@ -266,15 +273,6 @@ class Worker:
             sock.close()
             return
         served.serve(sock, 0, trailing)
-
-    def _handed_socket(self, address: Address) -> socket.socket | None:
-        if address.kind != "systemd":
-            return None
-        self._take_descriptors(0)  # the controller sent it before it asked for the disk
-        sock = self._handed.get(address.target)
-        if sock is None:
-            raise OSError(errno.ENOENT, f"systemd handed over no socket called {address.target}")
-        return sock.dup()
 
     # --- descriptors from the controller ---
 
@@ -292,12 +290,18 @@ class Worker:
         return True
 
     def _take_handover(self, header: bytes, fds: list[int], *, cut_short: bool) -> None:
-        socks = [socket.socket(fileno=fd) for fd in fds]
+        socks: list[socket.socket] = []
         try:
+            while fds:
+                socks.append(socket.socket(fileno=fds[-1]))
+                fds.pop()
+            socks.reverse()
             message = decode(header, HANDOVERS)
-        except BusError as error:
-            log.warning("handover refused: %s", error)
+        except (BusError, OSError) as error:
+            log.warning("handover refused: %s", reason(error))
             _close_all(socks)
+            for fd in fds:
+                os.close(fd)
             return
         try:
             if cut_short:  # no descriptors were left for it
@@ -312,11 +316,8 @@ class Worker:
 
     def _take(self, message: Message, socks: list[socket.socket]) -> None:
         if message["type"] == "listener":
-            (sock,) = socks
-            old = self._handed.pop(message["name"], None)
-            if old is not None:
-                old.close()
-            self._handed[message["name"]] = sock
+            _close_all(self._handed.pop(message["name"], []))
+            self._handed[message["name"]] = socks
             return
         served = self._served(message)
         for sock in socks:
@@ -349,7 +350,8 @@ def _bind_descriptor_socket(path: Path) -> socket.socket:
 
 def _lock_core(runtime_dir: Path, core: int) -> int:
     """Take the core's lock for this process's life; the next controller reads our pid there."""
-    fd = os.open(runtime_dir / f"worker-{core}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(runtime_dir / f"worker-{core}.lock", flags, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

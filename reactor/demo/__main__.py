@@ -108,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools/demo", description=__doc__)
     parser.add_argument("--once", action="store_true", help="stop after the report")
     once = parser.parse_args(arguments).once
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="nbd-reactor-demo-") as folder:
         command = [sys.executable, "-m", "reactor", "--demo", "--runtime-dir", folder]
         # Its own session: Ctrl-C is for this process, which then stops the service in order.

@@ -110,3 +110,46 @@ def test_a_disk_that_is_taken_out_and_put_back_at_once_comes_back(
 
     running.await_true(both)
     nbdsh(tmp_path, "a", "h.pread(512, 0)")
+
+
+def test_it_never_cuts_a_disk(service: Start, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    config = f"disks: {{f: {{backend: file, path: {image}, size: SIZE}}}}"
+    running = service(config.replace("SIZE", "8MiB"))
+    running.config_path.write_text(config.replace("SIZE", "4MiB"))
+    running.rpc("reactor_reload")
+    running.await_line("a reload does not cut a disk")
+    assert running.await_state("f", "online")["size"] == 8 * MIB
+    assert image.stat().st_size == 8 * MIB
+
+
+def test_a_disk_whose_file_was_deleted_is_not_made_anew(service: Start, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    running = service(f"disks: {{f: {{backend: file, path: {image}, size: 8MiB}}}}")
+    image.unlink()
+    running.await_state("f", "removed")
+    running.rpc("reactor_reload")
+    running.await_state("f", "removed")
+    assert not image.exists()
+
+
+def test_a_change_that_is_cut_short_leaves_no_memory(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a", "b"))
+    running.config_path.write_text(ram(tmp_path, "a", "b", more=", dead_timeout: 100"))
+    running.rpc("reactor_reload")
+    running.config_path.write_text(ram(tmp_path, "b", more=", dead_timeout: 100"))
+    running.rpc("reactor_reload")
+    running.await_true(lambda: [d["name"] for d in running.rpc("reactor_get_disks")] == ["b"])
+    instance = (running.runtime_dir / "instance").read_text().strip()
+    assert not Path(f"/dev/shm/nbd-reactor-{instance}-a").exists()
+    running.config_path.write_text(ram(tmp_path, "b", more=", dead_timeout: 101"))
+    running.rpc("reactor_reload")
+    assert running.stop() == 0
+
+
+def test_the_last_of_several_sizes_counts(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    for size in ("16MiB", "32MiB", "64MiB"):
+        running.config_path.write_text(ram(tmp_path, "a").replace("8MiB", size))
+        running.rpc("reactor_reload")
+    running.await_true(lambda: running.rpc("reactor_get_disks", name="a")[0]["size"] == 64 * MIB)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
 import socket
@@ -320,32 +322,58 @@ def test_a_client_that_reads_no_replies_is_bounded(service: Start, tmp_path: Pat
         nbdsh(tmp_path, "a", "h.pread(512, 0)")
 
 
+# --- hostile places ---
+
+
+def test_a_runtime_directory_that_others_may_write_to_is_refused(
+    service: Start, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    running = service(None, runtime_dir=shared, await_ready=False)
+    assert running.process.wait(30) == 1
+    assert "other users own it or may write to it" in running.log
+    assert not list(shared.iterdir())
+
+
 # --- systemd ---
 
 
-def test_a_socket_of_systemd_is_served(service: Start, tmp_path: Path) -> None:
+def test_every_socket_of_systemd_is_served(service: Start, tmp_path: Path) -> None:
     path = tmp_path / "activated.sock"
     config = tmp_path / "activated.yaml"
     config.write_text("disks: {a: {backend: malloc, size: 8MiB, listen: 'systemd:nbd'}}")
     runtime_dir = tmp_path / "run"
     code = f"""
 import os, sys
-os.dup2({{fd}}, 3, inheritable=True)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', LISTEN_FDNAMES='nbd')
+first, second = {{fds}}
+os.dup2(os.dup(second), 4, inheritable=True)
+os.dup2(first, 3, inheritable=True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2', LISTEN_FDNAMES='nbd:nbd')
 os.execv(sys.executable, [sys.executable, '-m', 'reactor', '--cores', '0', '--runtime-dir',
          {str(runtime_dir)!r}, '--config', {str(config)!r}])
 """
-    with socket.socket(socket.AF_UNIX) as listener, (tmp_path / "log").open("wb") as log:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as listener,
+        (tmp_path / "log").open("wb") as log,
+    ):
         listener.bind(str(path))
         listener.listen()
+        # Numbers that the child's own 3 and 4 do not touch.
+        fds = [fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD, 20) for sock in (tcp, listener)]
         process = subprocess.Popen(
-            [sys.executable, "-c", code.format(fd=listener.fileno())],
-            pass_fds=[listener.fileno()],
+            [sys.executable, "-c", code.format(fds=fds)],
+            pass_fds=fds,
             stdin=subprocess.DEVNULL,
             stderr=log,
         )
         try:
+            for fd in fds:
+                os.close(fd)
             run("nbdinfo", "--size", f"nbd+unix:///a?socket={path}")
+            run("nbdinfo", "--size", f"nbd://127.0.0.1:{tcp.getsockname()[1]}/a")
             worker = psutil.Process(process.pid).children()[0]
             worker.kill()
             run("nbdinfo", "--size", f"nbd+unix:///a?socket={path}")
@@ -372,3 +400,33 @@ def test_a_metrics_address_in_use_leaves_nothing_behind(service: Start) -> None:
         assert running.process.wait(30) == 1
     assert address in running.log.splitlines()[-1]
     assert not running.rpc_socket.exists()
+
+
+# --- many wishes at once ---
+
+
+def test_failing_creates_at_once_are_all_answered(service: Start) -> None:
+    running = service()
+    clients = []
+    for number in range(8):
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(30)
+        client.connect(str(running.rpc_socket))
+        params = {"name": f"x{number}", "filename": "/absent", "block_size": 512}
+        call = {"jsonrpc": "2.0", "id": 1, "method": "bdev_aio_create", "params": params}
+        client.sendall(json.dumps(call).encode())
+        clients.append(client)
+    for client in clients:
+        with client:
+            assert b'"code":-2,' in client.recv(4096)
+    assert running.rpc("reactor_get_disks") == []
+    assert "Traceback" not in running.log
+    assert running.rpc("bdev_malloc_create", num_blocks=2048, block_size=512) == "Malloc0"
+    running.rpc("bdev_malloc_delete", name="Malloc0")
+
+
+def test_a_reload_does_not_hold_up_a_stop(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a", "b"))
+    running.process.send_signal(signal.SIGTERM)
+    running.process.send_signal(signal.SIGHUP)
+    assert running.stop() == 0
