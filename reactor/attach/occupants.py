@@ -30,7 +30,7 @@ def occupation(path: str, index: int) -> str:
     owner = _process(thread)
     if owner is None:
         free = f"if nobody needs it: nbd-client -d {path}"
-        return f"{path} is attached already, over netlink by another program; {free}"
+        return f"{path} is attached already, by another program over netlink; {free}"
     return f"{path} is attached already, by {owner}"
 
 
