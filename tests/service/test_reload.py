@@ -10,23 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import commands
 from tests.running import RunningService
+from tests.service.memory_disks import nbdsh, ram
 
 Start = Callable[..., RunningService]
 MIB = 1 << 20
-
-
-def ram(tmp_path: Path, *names: str, more: str = "") -> str:
-    lines = "".join(
-        f"  {name}: {{backend: malloc, size: 8MiB, listen: 'unix:{tmp_path}/{name}.sock'{more}}}\n"
-        for name in names
-    )
-    return f"disks:\n{lines}"
-
-
-def nbdsh(tmp_path: Path, name: str, script: str) -> str:
-    return commands.nbdsh(f"nbd+unix:///{name}?socket={tmp_path}/{name}.sock", script)
 
 
 def test_it_starts_stops_and_changes_only_what_differs(service: Start, tmp_path: Path) -> None:

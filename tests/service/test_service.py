@@ -16,24 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests import commands
 from tests.commands import run
 from tests.running import RunningService
+from tests.service.memory_disks import nbdsh, ram
 
 Start = Callable[..., RunningService]
 MIB = 1 << 20
-
-
-def ram(tmp_path: Path, *names: str, more: str = "") -> str:
-    lines = "".join(
-        f"  {name}: {{backend: malloc, size: 8MiB, listen: 'unix:{tmp_path}/{name}.sock'{more}}}\n"
-        for name in names
-    )
-    return f"disks:\n{lines}"
-
-
-def nbdsh(tmp_path: Path, name: str, script: str) -> str:
-    return commands.nbdsh(f"nbd+unix:///{name}?socket={tmp_path}/{name}.sock", script)
 
 
 # --- start and stop ---
