@@ -23,6 +23,7 @@ _NOT_BACKENDS = {
     "fileopen",
     "linux",
     "registry",
+    "sharedmemory",
     "threads",
     "uring",
 }

@@ -11,16 +11,8 @@ import pytest
 
 from backends import registry
 from backends.api import Disk
-from backends.malloc import (
-    BACKEND,
-    CHUNK,
-    DIRECTORY,
-    PAGE,
-    SIZE_MAX,
-    STEP,
-    MallocDisk,
-    shared_memory,
-)
+from backends.malloc import BACKEND, SIZE_MAX, STEP, MallocDisk
+from backends.sharedmemory import CHUNK, DIRECTORY, PAGE, shared_memory
 from reactor.errors import reason
 from reactor.loop import Reactor
 from reactor.protocol.export import Export
