@@ -36,6 +36,7 @@ OFFSET: Final = 3
 LENGTH: Final = 4
 PAYLOAD: Final = 5
 
+CHUNK_SHIFT: Final = 20  # chunks of 1 MiB; see `MappedMemory`
 DONE: Final = b""  # what `submit` returns for a finished request that carries no data
 
 
@@ -73,8 +74,30 @@ class Owner(Protocol):
         """Submit again what was refused with `Busy`, in the order it came."""
 
 
+class MappedMemory(Protocol):
+    """A disk whose bytes are memory of this process.
+
+    `backed` has a byte per chunk of `1 << CHUNK_SHIFT` bytes: only where it is not 0 may the data
+    be touched; elsewhere that might kill the process.
+    """
+
+    @property
+    def data(self) -> memoryview:
+        """The bytes of the disk; another view after a resize."""
+
+    @property
+    def backed(self) -> memoryview | bytearray:
+        """For each chunk, whether all of it may be touched."""
+
+    def is_backed(self, begin: int, end: int) -> bool:
+        """Return whether all chunks of `begin..end` may be touched."""
+
+
 class Channel(ABC):
     """One worker's handle for I/O to one disk. Requests come validated; failures are OSError."""
+
+    #: Plain reads and writes are done here without `submit`.
+    memory: MappedMemory | None = None
 
     def __init__(self, disk: Disk) -> None:
         self.disk = disk

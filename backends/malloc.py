@@ -9,7 +9,7 @@ from typing import Final
 
 from backends import sharedmemory
 from backends.api import COMMAND, DONE, FLAGS, Backend, Buffer, Channel, Disk, Owner, Request
-from backends.sharedmemory import CHUNK, CHUNK_SHIFT, SharedMemory, shared_memory
+from backends.sharedmemory import SharedMemory, shared_memory
 from reactor.loop import Reactor
 from reactor.protocol.wire import (
     NBD_CMD_FLAG_NO_HOLE,
@@ -31,7 +31,7 @@ class MallocChannel(Channel):
     def __init__(self, disk: MallocDisk, reactor: Reactor) -> None:
         super().__init__(disk)
         self.kick_due = False
-        self._memory = disk.memory
+        self.memory = self._memory = disk.memory
         self._reactor = reactor
         self._long: deque[tuple[Request, Owner, int]] = deque()  # ... and where to go on
 
@@ -40,15 +40,9 @@ class MallocChannel(Channel):
         end = offset + length
         memory = self._memory
         if command <= NBD_CMD_WRITE:
-            holes = memory.holes
-            # A short request touches two chunks at most: to look at both is the fast way.
-            backed = not (
-                length > CHUNK or holes[offset >> CHUNK_SHIFT] or holes[(end - 1) >> CHUNK_SHIFT]
-            )
+            backed = memory.is_backed(offset, end)
             if command == NBD_CMD_READ:
-                if backed or memory.is_backed(offset, end):
-                    return memory.data[offset:end]
-                return memory.read(offset, length)
+                return memory.data[offset:end] if backed else memory.read(offset, length)
             if not backed:
                 memory.back(offset, end)
             assert payload is not None

@@ -19,11 +19,11 @@ from struct import Struct
 from typing import Final
 from urllib.parse import quote, unquote
 
+from backends.api import CHUNK_SHIFT
 from reactor.log import logger
 
 DIRECTORY: Final = Path("/dev/shm")
 PAGE: Final = mmap.PAGESIZE
-CHUNK_SHIFT: Final = 20
 CHUNK: Final = 1 << CHUNK_SHIFT  # bytes; what is backed, or known to have holes, as a whole
 HEADER: Final = Struct("<8sIQ32s")  # magic, version, size of the disk, digest of whose it is
 MAGIC: Final = b"nbdshmem"
@@ -47,7 +47,7 @@ def names(instance: str) -> list[str]:
 class SharedMemory:
     """The memory of one disk, made or found. Raises OSError with a clear text.
 
-    `holes` has a byte per chunk: 0 when every page of the chunk is known to have memory.
+    `backed` has a byte per chunk: 1 when every page of the chunk is known to have memory.
     """
 
     def __init__(self, path: Path, identity: bytes, size: int) -> None:
@@ -63,7 +63,7 @@ class SharedMemory:
                 self._make(size)
                 found = size
             self._map(found)
-            self.holes = bytearray(_chunks(found))
+            self.backed = bytearray(b"\1") * _chunks(found)
             self._find_holes()
             if found != size:
                 # Its worker died in a resize, or its config changed while nobody served it.
@@ -89,7 +89,7 @@ class SharedMemory:
 
     def is_backed(self, begin: int, end: int) -> bool:
         """Return whether `begin..end` has no holes."""
-        return self.holes.find(1, begin >> CHUNK_SHIFT, _chunks(end)) < 0
+        return self.backed.find(0, begin >> CHUNK_SHIFT, _chunks(end)) < 0
 
     def back(self, begin: int, end: int) -> None:
         """Give memory to every chunk in `begin..end`; raises OSError ENOSPC when there is none."""
@@ -102,16 +102,16 @@ class SharedMemory:
         # One call instead of a fault per page; without it (an older kernel) the faults come.
         with suppress(OSError):
             self._mapping.madvise(MADV_POPULATE_WRITE, start, length)
-        self.holes[first:last] = bytes(last - first)
+        self.backed[first:last] = b"\1" * (last - first)
 
     def trim(self, begin: int, end: int) -> None:
         """Give back the memory of the whole pages in `begin..end`; they read as zeroes."""
         begin, end = -(-begin // PAGE) * PAGE, end // PAGE * PAGE
         if begin >= end:
             return
-        first, last = begin >> CHUNK_SHIFT, min(_chunks(end), len(self.holes))
+        first, last = begin >> CHUNK_SHIFT, min(_chunks(end), len(self.backed))
         if first < last:
-            self.holes[first:last] = b"\1" * (last - first)
+            self.backed[first:last] = bytes(last - first)
         self._mapping.madvise(mmap.MADV_REMOVE, PAGE + begin, end - begin)
 
     def zero(self, begin: int, end: int) -> None:
@@ -150,7 +150,7 @@ class SharedMemory:
         if size > old:
             self._write_header(size)
         kept = min(size, old) >> CHUNK_SHIFT
-        self.holes[kept:] = b"\1" * (_chunks(size) - kept)
+        self.backed[kept:] = bytes(_chunks(size) - kept)
 
     def _claim(self) -> None:
         status = os.fstat(self._fd)
@@ -212,7 +212,7 @@ class SharedMemory:
                     raise
                 data = end  # no more data
             first, last = (hole - PAGE) >> CHUNK_SHIFT, _chunks(data - PAGE)
-            self.holes[first:last] = b"\1" * (last - first)
+            self.backed[first:last] = bytes(last - first)
             position = PAGE + last * CHUNK  # one hole says all about its chunk
             if position >= end:
                 break

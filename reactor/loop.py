@@ -28,6 +28,8 @@ MODES: Final[tuple[Mode, ...]] = ("adaptive", "poll", "interrupt")
 
 EVENTS_PER_TURN: Final = 64
 SPIN_NS: Final = 50_000  # how long `adaptive` looks again before it sleeps
+SPIN_MISSES_MAX: Final = 8  # in a row; then it sleeps at once
+SPIN_REST: Final = 64  # busy turns until it looks again
 NEVER: Final = -1.0
 FAILURES_MAX: Final = 10
 
@@ -60,17 +62,9 @@ class Flushable(Protocol):
 
 
 class Poller:
-    """A function that the loop calls, with its account. Times in ns, since the loop began."""
+    """A function that the loop calls."""
 
-    __slots__ = (
-        "before_sleep",
-        "busy_count",
-        "busy_ns",
-        "failures",
-        "function",
-        "name",
-        "run_count",
-    )
+    __slots__ = ("before_sleep", "failures", "function", "name")
 
     def __init__(
         self,
@@ -81,9 +75,6 @@ class Poller:
         self.name = name
         self.function = function
         self.before_sleep = before_sleep
-        self.run_count = 0
-        self.busy_count = 0
-        self.busy_ns = 0
         self.failures = 0  # in a row
 
 
@@ -133,28 +124,19 @@ class Reactor:
         self._epoll.register(self._wakeup, READABLE)
         self._handlers[self._wakeup] = Poller("wakeup", self._drain_wakeup)
         self._spin_until = 0
+        self._misses = 0  # spins in a row in which nothing came
+        self._rest = 0  # busy turns after which to try again
         self._now = clock()
         self._running = False
-        # The accounts of what the loop calls by itself.
-        self._timers_account = Poller("timers", self._run_timers)
-        self._calls_account = Poller("calls", self._run_calls)
-        self._finish_account = Poller("kicks and flushes", self._finish_turn)
 
     # --- registration ---
 
-    @property
-    def pollers(self) -> tuple[Poller, ...]:
-        """Everything that the loop calls, with its accounts."""
-        own = (self._timers_account, self._calls_account, self._finish_account)
-        return (*self._handlers.values(), *self._pollers, *own)
-
     def add_fd(
         self, fd: int, handler: Callable[[int], bool], *, name: str, events: int = READABLE
-    ) -> Poller:
+    ) -> None:
         """Call `handler(events)` whenever `fd` is ready; it returns whether it did work."""
         self._epoll.register(fd, events)
-        poller = self._handlers[fd] = Poller(name, handler)
-        return poller
+        self._handlers[fd] = Poller(name, handler)
 
     def modify_fd(self, fd: int, events: int) -> None:
         """Wait for `events` on `fd` from now on (0: only hang-ups and errors)."""
@@ -240,64 +222,87 @@ class Reactor:
 
     def turn(self) -> bool:
         """Do one turn; returns whether there was work."""
-        ready = self._poll(self._wait_seconds())
+        spinning = self._now < self._spin_until
+        ready = self._poll(0 if spinning else self._wait_seconds())
         before, self._now = self._now, self.clock()
-        began = self._now
-        self.idle_ns += began - before
-        busy = self._call_ready(ready)
+        self.idle_ns += self._now - before
+        busy = self._call_ready(ready) if ready else False
         for poller in self._pollers:
             busy |= self._call(poller)
             if poller.failures >= FAILURES_MAX:
                 self.remove_poller(poller)
         if self._timers and self._timers[0][0] <= self._now:
-            busy |= self._call(self._timers_account)
+            busy |= self._run_timers()
         if self._calls:
-            busy |= self._call(self._calls_account)
-        if self._kicks or self._flushes:
-            busy |= self._call(self._finish_account)
+            busy = True
+            self._run_calls()
+        if self._kicks:
+            busy = True
+            self._run_kicks()
+        if self._flushes:
+            busy = True
+            self._run_flushes()
         self.turns += 1
         if busy:
+            began, self._now = self._now, self.clock()
             self.busy_ns += self._now - began
-            self._spin_until = self._now + self._spin_ns
-        else:
-            self.idle_ns += self._now - began
+            if self.mode == "adaptive":
+                self._plan_spin(hit=spinning)
         return busy
+
+    def _plan_spin(self, *, hit: bool) -> None:
+        """Look again for a while, unless that was in vain too often lately.
+
+        The peer may be slow, or wait for this very core: then looking costs and gains nothing.
+        """
+        if hit:
+            self._misses = 0
+        elif self._misses >= SPIN_MISSES_MAX:
+            self._rest -= 1
+            if self._rest:
+                return
+            self._misses = SPIN_MISSES_MAX - 1  # one more try
+        self._spin_until = self._now + self._spin_ns
 
     def _call_ready(self, ready: Sequence[tuple[int, int]]) -> bool:
         busy = False
-        self._removed.clear()
+        removed, handlers = self._removed, self._handlers
+        if removed:
+            removed.clear()
         for fd, events in ready:
-            poller = self._handlers.get(fd)
+            poller = handlers.get(fd)
             # An earlier handler of this turn may have removed it, and even added another.
-            if poller is not None and fd not in self._removed:
-                busy |= self._call(poller, events)
-                if poller.failures >= FAILURES_MAX and self._handlers.get(fd) is poller:
+            if poller is None or fd in removed:
+                continue
+            try:
+                if poller.function(events):
+                    busy = True
+                poller.failures = 0
+            except Exception:  # noqa: BLE001 - reported there
+                busy = True
+                self._failed(poller)
+                if poller.failures >= FAILURES_MAX and handlers.get(fd) is poller:
                     self.remove_fd(fd)
         return busy
 
-    def _call(self, poller: Poller, *arguments: int) -> bool:
-        """Call `poller` and enter it in its account; returns whether it did work."""
-        began = self._now
+    def _call(self, poller: Poller) -> bool:
+        """Call `poller`; returns whether it did work."""
         try:
-            busy = poller.function(*arguments)
+            busy = poller.function()
             poller.failures = 0
-        except Exception:
-            busy = True
-            poller.failures += 1
-            more = "called again" if poller.failures < FAILURES_MAX else "called no more"
-            log.exception("a bug in %s, which is %s", poller.name, more)
-        self._now = self.clock()
-        poller.run_count += 1
-        if busy:
-            poller.busy_count += 1
-            poller.busy_ns += self._now - began
+        except Exception:  # noqa: BLE001 - reported there
+            self._failed(poller)
+            return True
         return busy
+
+    def _failed(self, poller: Poller) -> None:
+        """Report the exception that `poller` let through."""
+        poller.failures += 1
+        more = "called again" if poller.failures < FAILURES_MAX else "called no more"
+        log.exception("a bug in %s, which is %s", poller.name, more)
 
     def _wait_seconds(self) -> float:
         if self.mode == "poll" or self._calls or self._kicks or self._flushes:
-            return 0
-        now = self._now
-        if self.mode == "adaptive" and now < self._spin_until:
             return 0
         for poller in self._pollers:
             if poller.before_sleep is None or poller.before_sleep():
@@ -305,9 +310,14 @@ class Reactor:
         timers = self._timers
         while timers and timers[0][2].function is None:
             heapq.heappop(timers)
+        if self._spin_until:  # it ended and nothing came
+            self._spin_until = 0
+            self._misses += 1
+            if self._misses == SPIN_MISSES_MAX:
+                self._rest = SPIN_REST
         if not timers:
             return NEVER
-        return max(0, timers[0][0] - now) / 1e9
+        return max(0, timers[0][0] - self._now) / 1e9
 
     def _epoll_wait(self, seconds: float) -> Sequence[tuple[int, int]]:
         return self._epoll.poll(seconds, EVENTS_PER_TURN)
@@ -324,22 +334,24 @@ class Reactor:
                 self._guard(function)
         return busy
 
-    def _run_calls(self) -> bool:
+    def _run_calls(self) -> None:
         for _ in range(len(self._calls)):
             self._guard(self._calls.popleft())
-        return True
 
-    def _finish_turn(self) -> bool:
-        # Channels first: what a kick completes at once leaves with this turn's replies.
+    def _run_kicks(self) -> None:
         kicks, self._kicks = self._kicks, []
         for channel in kicks:
             channel.kick_due = False
             self._guard(channel.kick)
+
+    def _run_flushes(self) -> None:
         flushes, self._flushes = self._flushes, []
         for connection in flushes:
             connection.flush_due = False
-            self._guard(connection.flush)
-        return True
+            try:
+                connection.flush()
+            except Exception:
+                log.exception("a bug in %s", type(connection).__qualname__)
 
     def _guard(self, function: Callable[[], object]) -> None:
         """Call `function` once; its bug must not keep the others from their turn."""

@@ -14,21 +14,34 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from backends.api import COMMAND, LENGTH, OFFSET, Buffer, Busy, Channel, Releasable, Request
-from reactor.data.outgoing import Outgoing
+from backends.api import (
+    COMMAND,
+    LENGTH,
+    OFFSET,
+    Buffer,
+    Busy,
+    Channel,
+    Releasable,
+    Request,
+)
+from reactor.data.counters import Counters
+from reactor.data.outgoing import REPLY_BYTES, Outgoing
+from reactor.data.shortcut import MemoryShortcut
 from reactor.errors import reason
 from reactor.log import logger
 from reactor.loop import HANGUP, READABLE, WRITABLE, Reactor, Timer
 from reactor.protocol.export import Export
-from reactor.protocol.transmission import COMMAND_NAMES, Receiver, validate
+from reactor.protocol.transmission import (
+    COMMAND_NAMES,
+    Receiver,
+    validate,
+)
 from reactor.protocol.wire import (
     MAX_PAYLOAD,
     NBD_CMD_DISC,
     NBD_CMD_FLUSH,
     NBD_CMD_READ,
-    NBD_CMD_TRIM,
     NBD_CMD_WRITE,
-    NBD_CMD_WRITE_ZEROES,
     NBD_SIMPLE_REPLY_MAGIC,
     SIMPLE_REPLY,
     nbd_error,
@@ -40,7 +53,6 @@ QUEUE_MAX: Final = 1024  # requests in flight plus buffers to be sent
 BYTES_MAX: Final = 32 << 20  # bytes to be sent, and those of reads and writes in flight
 DISCONNECT_SECONDS: Final = 10.0  # what is in flight when the peer ends may take so long
 FAILURES_LOGGED: Final = 10  # per connection; all are counted
-REPLY_BYTES: Final = SIMPLE_REPLY.size
 
 log = logger(__name__)
 
@@ -69,22 +81,25 @@ class Connection:
         *,
         trailing: bytes = b"",
     ) -> None:
-        self.reads = self.read_bytes = self.writes = self.written_bytes = 0
-        self.flushes = self.trims = self.trimmed_bytes = self.zeroes = 0
-        self.errors = 0  # requests refused or failed
-        self.bugs = 0  # of those, failed by an exception that no backend may raise
-        self.receives = self.sends = 0  # system calls
+        self.counters = Counters()
         self.flush_due = False
         self._reactor = reactor
         self._sock = sock
         self._export = export
         self._channel = channel
         self._on_closed = on_closed
+        self._outgoing = Outgoing()
         self._receiver = Receiver(export)
+        self._shortcut: MemoryShortcut | None = None
+        if channel.memory is not None:
+            self._shortcut = MemoryShortcut(
+                *(channel.memory, export, self._outgoing, self.counters),
+                receive_into=self._receiver.receive_into,
+            )
+            self._receiver.shortcut = self._shortcut.answer
         self._backlog: list[Request] = []
         self._in_flight = 0
         self._in_flight_bytes = 0
-        self._outgoing = Outgoing()
         self._blocked = False  # the socket took no more; EPOLLOUT will come
         self._paused = False  # nothing is received until the backlog is gone
         self._busy = False  # the channel refused; it will call resume
@@ -117,6 +132,8 @@ class Connection:
     def refuse(self) -> None:
         """Answer every request with ESHUTDOWN from now on; what is in flight finishes."""
         self._refusing = True
+        if self._shortcut is not None:
+            self._shortcut.stop()
         self._busy = False  # what waits for room is refused too
         self._reactor.mark_flush(self)
 
@@ -145,6 +162,7 @@ class Connection:
     def _release(self) -> None:
         """Let go of what a closed connection holds; say so when the channel has finished too."""
         self._outgoing.clear()
+        self._receiver.clear()
         self._backlog.clear()
         if not self._in_flight and self._closed is not None:
             on_closed, self._on_closed = self._on_closed, _nothing
@@ -169,15 +187,23 @@ class Connection:
     def _receive(self) -> bool:
         receiver = self._receiver
         try:
-            received = self._sock.recv_into(receiver.recv_space())
+            spaces = receiver.recv_spaces()
+            if len(spaces) == 1:
+                received = self._sock.recv_into(spaces[0])
+            else:
+                received = self._sock.recvmsg_into(spaces)[0]
         except BlockingIOError:
             return False
         except OSError as error:
             self.close(f"receiving failed: {reason(error)}")
             return True
-        self.receives += 1
+        self.counters.receives += 1
         if received:
-            self._submit(receiver.received(received))
+            requests = receiver.received(received)
+            if requests:
+                self._submit(requests)
+            else:
+                self._submitted()
         elif receiver.within_request:
             self._end("the peer closed it in the middle of a request", DISCONNECT_SECONDS)
         else:
@@ -185,7 +211,7 @@ class Connection:
         return True
 
     def _take_trailing(self, trailing: bytes) -> None:
-        self._receiver.recv_space()[: len(trailing)] = trailing
+        self._receiver.recv_spaces()[0][: len(trailing)] = trailing
         self._backlog = self._receiver.received(len(trailing))
         self._submitted()
 
@@ -232,7 +258,7 @@ class Connection:
                         writes += 1
                         written_bytes += length
                     else:
-                        self._count(command, length)
+                        self.counters.done(command, length)
             except Busy:
                 self._busy = True
                 self._backlog = [request, *rest]
@@ -240,20 +266,25 @@ class Connection:
                 self._answer(cookie, self._failed(request, error))
             if read_bytes >= room:
                 self._backlog += rest
-        self.reads += reads
-        self.read_bytes += read_bytes
-        self.writes += writes
-        self.written_bytes += written_bytes
+        counters = self.counters
+        counters.reads += reads
+        counters.read_bytes += read_bytes
+        counters.writes += writes
+        counters.written_bytes += written_bytes
         outgoing.waiting += (len(buffers) - before - reads) * REPLY_BYTES + read_bytes
         self._submitted()
 
     def _submitted(self) -> None:
         """Decide, after a batch, whether to receive on."""
-        if self._backlog or self._receiver.more or self._load() > 1:
+        receiver, outgoing = self._receiver, self._outgoing
+        queued = self._in_flight + len(outgoing.buffers)
+        moved = self._in_flight_bytes + outgoing.waiting
+        if self._backlog or receiver.more or queued > QUEUE_MAX or moved > BYTES_MAX:
             self._paused = True
-        if self._receiver.error is not None and self._ending is None:
-            self._end(str(self._receiver.error), DISCONNECT_SECONDS)
-        self._reactor.mark_flush(self)
+        if receiver.error is not None and self._ending is None:
+            self._end(str(receiver.error), DISCONNECT_SECONDS)
+        if not self.flush_due:
+            self._reactor.mark_flush(self)
 
     def _hold(self, command: int, length: int) -> int:
         """Count a request that is pending now; returns the bytes that it counts for."""
@@ -278,29 +309,14 @@ class Connection:
     def _answer(self, cookie: int, error: int) -> None:
         """Append a reply without data. The caller adds it to the bytes to be sent."""
         if error:
-            self.errors += 1
+            self.counters.errors += 1
             error = nbd_error(error)
         self._outgoing.buffers.append(SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, cookie))
-
-    def _count(self, command: int, length: int) -> None:
-        if command == NBD_CMD_READ:
-            self.reads += 1
-            self.read_bytes += length
-        elif command == NBD_CMD_WRITE:
-            self.writes += 1
-            self.written_bytes += length
-        elif command == NBD_CMD_FLUSH:
-            self.flushes += 1
-        elif command == NBD_CMD_TRIM:
-            self.trims += 1
-            self.trimmed_bytes += length
-        elif command == NBD_CMD_WRITE_ZEROES:
-            self.zeroes += 1
 
     def _failed(self, request: Request, error: Exception) -> int:
         """Log what the client will only see as a number; returns the errno."""
         bug = not isinstance(error, OSError)
-        self.bugs += bug
+        self.counters.bugs += bug
         number = error.errno or errno.EIO if isinstance(error, OSError) else errno.EIO
         if self._failures_logged < FAILURES_LOGGED:
             self._failures_logged += 1
@@ -340,7 +356,7 @@ class Connection:
         self._answer(cookie, error)
         outgoing.waiting += REPLY_BYTES
         if not error:
-            self._count(command, length)
+            self.counters.done(command, length)
             if command == NBD_CMD_READ:
                 outgoing.buffers.append(data)
                 outgoing.waiting += length
@@ -353,17 +369,13 @@ class Connection:
             self._busy = False
             self._go_on()
 
-    def _load(self) -> float:
-        """Return how full the bounds are: 1 is the maximum."""
-        queued = self._in_flight + len(self._outgoing.buffers)
-        moved = self._in_flight_bytes + self._outgoing.waiting
-        return max(queued / QUEUE_MAX, moved / BYTES_MAX)
-
     def _go_on(self) -> None:
         """Submit more of what was received; when all is, receive again, or end."""
         if self._closed is not None:
             return
-        if not self._busy and self._load() <= 0.5:
+        queued = self._in_flight + len(self._outgoing.buffers)
+        moved = self._in_flight_bytes + self._outgoing.waiting
+        if not self._busy and queued <= QUEUE_MAX // 2 and moved <= BYTES_MAX // 2:
             if self._backlog or self._receiver.more:
                 requests = self._backlog or self._receiver.received(0)
                 self._backlog = []
@@ -386,25 +398,22 @@ class Connection:
         """Send what the turn has appended, with one system call."""
         try:
             if self._closed is None:
-                if self._outgoing.waiting and not self._blocked:
-                    self._send()
+                outgoing = self._outgoing
+                if outgoing.waiting and not self._blocked:
+                    self._blocked = not outgoing.send(self._sock)
+                    self.counters.sends += 1
+                    if outgoing.waiting and not self._blocked:
+                        # All that one call takes went; the rest does next turn.
+                        self._reactor.mark_flush(self)
                 if self._blocked or self._paused or self._ending or self._events != READABLE:
                     self._go_on()
+        except OSError as error:
+            self.close(f"sending failed: {reason(error)}")
         except Exception:
             log.exception("disk %s: a bug in its connection", self._export.name)
             self.close("internal error")
         if self._closed is not None:
             self._release()
-
-    def _send(self) -> None:
-        try:
-            self._blocked = not self._outgoing.send(self._sock)
-        except OSError as error:
-            self.close(f"sending failed: {reason(error)}")
-            return
-        self.sends += 1
-        if self._outgoing.waiting and not self._blocked:
-            self._reactor.mark_flush(self)  # all that one call takes went; the rest next turn
 
 
 def _nothing(_connection: Connection, _reason: str) -> None:

@@ -7,7 +7,9 @@ from collections import deque
 from typing import Final
 
 from backends.api import Buffer, Releasable
+from reactor.protocol.wire import SIMPLE_REPLY
 
+REPLY_BYTES: Final = SIMPLE_REPLY.size
 BUFFERS_PER_SEND: Final = 1024  # IOV_MAX; the kernel refuses more
 
 

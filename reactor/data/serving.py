@@ -12,6 +12,7 @@ from backends import registry
 from backends.api import Disk, Event
 from backends.emulation import open_channel
 from reactor.data.connection import Connection
+from reactor.data.counters import COUNTERS
 from reactor.log import logger
 from reactor.loop import Reactor, Timer
 from reactor.protocol.export import Export
@@ -30,19 +31,6 @@ from reactor.spec import DiskSpec
 
 REMOVE_SECONDS: Final = 10.0  # how long a hot remove waits for what is in flight
 CONNECTIONS_MAX: Final = 256  # clients of one disk
-COUNTERS: Final = (
-    "reads",
-    "read_bytes",
-    "writes",
-    "written_bytes",
-    "flushes",
-    "trims",
-    "trimmed_bytes",
-    "zeroes",
-    "errors",
-    "receives",
-    "sends",
-)
 
 log = logger(__name__)
 
@@ -215,4 +203,4 @@ class ServedDisk:
     @staticmethod
     def _count(connection: Connection, total: Counter[str]) -> None:
         for name in COUNTERS:
-            total[name] += getattr(connection, name)
+            total[name] += getattr(connection.counters, name)

@@ -20,7 +20,7 @@ from setproctitle import setproctitle
 
 from reactor import __version__
 from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
-from reactor.data import pressure
+from reactor.data import garbage, pressure
 from reactor.data.listener import Listener
 from reactor.data.serving import ServedDisk
 from reactor.errors import BusError, ReactorError, reason
@@ -397,6 +397,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the controller
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     reactor.add_signal(signal.SIGTERM, lambda: _stop_when_orphaned(reactor, controller))
+    garbage.collect_by_timer(reactor)
     reactor.run()
     worker.close()
     reactor.close()

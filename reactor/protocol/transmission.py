@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from reactor.errors import ProtocolError
@@ -38,6 +39,9 @@ IN_PLACE_MAX: Final = CAPACITY // 2  # bytes; a larger payload is received elsew
 SPACE_MIN: Final = 256 << 10  # bytes offered to a receive, so that it may bring a batch
 REQUESTS_MAX: Final = 1024  # requests in one batch
 HEADER_BYTES: Final = REQUEST.size
+
+#: Answers requests at the beginning of buffer[begin:end] at once; returns where it stopped.
+Shortcut: TypeAlias = Callable[[memoryview, int, int], int]
 
 #: A command with this bit is refused with the errno in the other bits; its payload is gone.
 #: The wire has 16 bits for the command, so no client can send it.
@@ -110,9 +114,10 @@ def _flags_allowed(command: int, capabilities: int) -> int:
 class Receiver:
     """Turns received bytes into requests, whatever the pieces they arrive in.
 
-    Receive into `recv_space`, then tell `received` how much came. Payloads are views of the
-    receiver's memory, valid until the next `recv_space`. Invariant:
-    `0 <= begin <= end <= CAPACITY`, where `begin..end` is received and not yet parsed.
+    Receive into `recv_spaces`, in their order, then tell `received` how much came. Payloads are
+    views of the receiver's memory, valid until the next `recv_spaces`. What `shortcut` answers is
+    not returned. Invariant: `0 <= begin <= end <= CAPACITY`, where `begin..end` is received and
+    not yet parsed.
     """
 
     def __init__(self, export: Export) -> None:
@@ -120,37 +125,42 @@ class Receiver:
         self.error: ProtocolError | None = None
         #: Whether `received(0)` has more requests, beyond the `REQUESTS_MAX` of a batch.
         self.more = False
+        self.shortcut: Shortcut | None = None
         self._export = export
         # Anonymous memory takes no room before it is used; a bytearray would be filled at once.
         self._buffer = memoryview(mmap.mmap(-1, CAPACITY, flags=mmap.MAP_PRIVATE))
+        self._all = [self._buffer]
         self._begin = 0
         self._end = 0
         self._disconnected = False  # what comes after NBD_CMD_DISC is not read
         self._skip = 0  # bytes still to come of a payload that nobody wants
-        self._large: memoryview | None = None  # a payload larger than IN_PLACE_MAX
-        self._large_filled = 0
-        self._spare: memoryview | None = None  # the last large payload's memory
-        self._header: Request = (0, 0, 0, 0, 0, None)  # of the payload that is still to come
+        self._large: memoryview | None = None  # what is still to come of a payload, elsewhere
+        self._taken: memoryview | None = None  # the memory that it is received into, if ours
+        self._given: memoryview | None = None  # the memory of the payload last handed out
+        self._spare: memoryview | None = None  # memory that no payload needs any more
+        self._header: Request | None = None  # of the payload that is still to come
 
     @property
     def within_request(self) -> bool:
         """Whether a request has begun and not ended."""
         return self._end > self._begin or self._skip > 0 or self._large is not None
 
-    def recv_space(self) -> memoryview:
+    def recv_spaces(self) -> list[memoryview]:
         """Return where to receive; it ends the life of all payloads handed out."""
         if self.error is not None:
             raise self.error
         assert not self.more, "requests are waiting in the buffer"
-        if self._large is not None:
-            return self._large[self._large_filled :]
+        if self._given is not None or self._large is None:
+            # Kept while one large payload follows the other: fresh memory costs more than a copy.
+            self._spare, self._given = self._given, None
         begin, end = self._begin, self._end
         if begin == end:
             self._begin = self._end = 0
-        elif CAPACITY - end < SPACE_MIN or CAPACITY - begin < HEADER_BYTES + IN_PLACE_MAX:
+            return self._all if self._large is None else [self._large, self._buffer]
+        if CAPACITY - end < SPACE_MIN or CAPACITY - begin < HEADER_BYTES + IN_PLACE_MAX:
             self._buffer[: end - begin] = self._buffer[begin:end]
             self._begin, self._end = 0, end - begin
-        return self._buffer[self._end :]
+        return [self._buffer[self._end :]]
 
     def received(self, count: int) -> list[Request]:
         """Return the requests that are complete now that `count` more bytes came.
@@ -161,37 +171,45 @@ class Receiver:
             raise self.error
         if self._disconnected:
             return []
+        requests: list[Request] = []
         if self._large is not None:
-            return self._received_large(self._large, count)
+            missing = len(self._large)
+            if count < missing:
+                self._large = self._large[count:]
+                return requests
+            count -= missing
+            self._large = None
+            self._taken, self._given = None, self._taken
+            if self._header is not None:
+                requests.append(self._header)
         self._end += count
         assert 0 <= self._begin <= self._end <= CAPACITY
-        requests: list[Request] = []
         if self._skip:
             skipped = min(self._skip, self._end - self._begin)
             self._begin += skipped
             self._skip -= skipped
             if self._skip:
                 return requests
+            assert self._header is not None
             requests.append(self._header)
+        if self.shortcut is not None and not requests:  # requests are done in their order
+            self._begin = self.shortcut(self._buffer, self._begin, self._end)
         self._parse(requests)
         return requests
 
-    def _received_large(self, large: memoryview, count: int) -> list[Request]:
-        self._large_filled += count
-        assert self._large_filled <= len(large)
-        if self._large_filled < len(large):
-            return []
-        self._large = None
-        command, flags, cookie, offset, length, _ = self._header
-        return [(command, flags, cookie, offset, length, large)]
+    def clear(self) -> None:
+        """Let go of memory that is not its own; nothing is received any more."""
+        self.shortcut = self._large = None
+
+    def receive_into(self, memory: memoryview) -> None:
+        """Receive what comes next there: `shortcut` has taken the header, and will be called."""
+        self._large, self._header = memory, None
 
     def _parse(self, requests: list[Request]) -> None:
         unpack, append, buffer = REQUEST.unpack_from, requests.append, self._buffer
         begin, end = self._begin, self._end
         last = end - HEADER_BYTES
         self.more = False
-        # Kept while one large payload follows the other: fresh memory costs more than the copy.
-        spare, self._spare = self._spare, None
         for _ in range(REQUESTS_MAX):
             if begin > last:
                 break
@@ -213,16 +231,16 @@ class Receiver:
                 append((command, flags, cookie, offset, length, buffer[payload:begin]))
                 continue
             if length > IN_PLACE_MAX:
-                self._begin_large((command, flags, cookie, offset, length, None), payload, spare)
+                self._begin_large((command, flags, cookie, offset, length, None), payload)
                 begin = end
             break
         else:
             self.more = begin <= last
         self._begin = begin
 
-    def _begin_large(self, header: Request, payload: int, spare: memoryview | None) -> None:
+    def _begin_large(self, header: Request, payload: int) -> None:
         """Take the header of a payload that does not fit the buffer, and what came of it."""
-        _command, flags, cookie, offset, length, _ = header
+        command, flags, cookie, offset, length, _ = header
         if length > MAX_PAYLOAD:
             self.error = ProtocolError(f"write of {length} bytes, more than {MAX_PAYLOAD}")
             return
@@ -230,16 +248,20 @@ class Receiver:
         error = validate(header, self._export)
         if not error:
             try:
-                if spare is None or len(spare) < length:
-                    spare = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))
+                memory = self._memory(length)
             except OSError:
                 error = errno.ENOMEM
             else:
-                self._header = header
-                self._spare = spare
-                self._large = spare[:length]
-                self._large[:came] = self._buffer[payload : self._end]
-                self._large_filled = came
+                memory[:came] = self._buffer[payload : self._end]
+                self._large = memory[came:]
+                self._header = (command, flags, cookie, offset, length, memory)
                 return
         self._header = (REFUSED | error, flags, cookie, offset, length, None)
         self._skip = length - came
+
+    def _memory(self, length: int) -> memoryview:
+        spare, self._spare = self._spare, None
+        if spare is None or len(spare) < length:
+            spare = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))
+        self._taken = spare
+        return spare[:length]

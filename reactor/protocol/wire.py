@@ -87,6 +87,13 @@ NBD_CMD_FLAG_FAST_ZERO: Final = 1 << 4
 REQUEST: Final = Struct(">IHHQQI")  # magic, command flags, command, cookie, offset, length
 SIMPLE_REPLY: Final = Struct(">IIQ")  # magic, error, cookie
 
+# The same, for requests without flags and replies without an error: taken as bytes, the cookie is
+# never a number and the rest is one comparison, or one addition.
+PLAIN_REQUEST: Final = Struct(">8s8sQI")  # PLAIN_READ or PLAIN_WRITE, cookie, offset, length
+PLAIN_READ: Final = REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_READ, 0, 0, 0)[:8]
+PLAIN_WRITE: Final = REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_WRITE, 0, 0, 0)[:8]
+PLAIN_REPLY: Final = SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, 0, 0)[:8]  # then the cookie
+
 MAX_PAYLOAD: Final = 32 << 20  # bytes; the size every client may use without negotiating
 
 # The errors that the protocol knows; everything else is mapped onto them.

@@ -115,7 +115,7 @@ class DiskModel(RuleBasedStateMachine):
     @invariant()
     def is_alive(self) -> None:
         assert not self.pump.closed
-        assert self.pump.connection.errors == 0
+        assert self.pump.connection.counters.errors == 0
 
 
 class MemoryDisk(DiskModel):

@@ -12,7 +12,16 @@ from reactor.errors import ProtocolError
 from reactor.protocol.transmission import CAPACITY, REQUESTS_MAX, Receiver
 from reactor.protocol.wire import MAX_PAYLOAD, SIMPLE_REPLY
 from tests.unit.pumping import CallChannel, HeldChannel, Pump, null_disk, pattern
-from tests.unit.requests import EVERYTHING, READ_ONLY, export, feed, plain, replies, request
+from tests.unit.requests import (
+    EVERYTHING,
+    READ_ONLY,
+    export,
+    feed,
+    fill,
+    plain,
+    replies,
+    request,
+)
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES = range(7)
 U64 = st.integers(0, (1 << 64) - 1)
@@ -90,12 +99,9 @@ def test_any_bytes_give_requests_or_a_protocol_error(chunks: list[bytes], sizes:
     left = memoryview(b"".join(chunks))
     turn = 0
     while left and receiver.error is None:
-        space = receiver.recv_space()
-        count = min(
-            len(space), len(left), sizes[turn % len(sizes)] if len(left) < 50_000 else 1 << 20
-        )
+        most = sizes[turn % len(sizes)] if len(left) < 50_000 else 1 << 20
         turn += 1
-        space[:count] = left[:count]
+        count = fill(receiver.recv_spaces(), left[:most])
         left = left[count:]
         found = receiver.received(count)
         assert len(found) <= REQUESTS_MAX + 1
@@ -106,7 +112,7 @@ def test_any_bytes_give_requests_or_a_protocol_error(chunks: list[bytes], sizes:
         assert len(receiver._buffer) == CAPACITY
     if receiver.error is not None:
         with pytest.raises(ProtocolError):
-            receiver.recv_space()
+            receiver.recv_spaces()
 
 
 @given(

@@ -62,15 +62,23 @@ def feed(receiver: Receiver, pieces: Iterable[bytes]) -> list[Plain]:
     for piece in pieces:
         left = memoryview(piece)
         while left and receiver.error is None:
-            space = receiver.recv_space()
-            assert space
-            count = min(len(space), len(left))
-            space[:count] = left[:count]
+            count = fill(receiver.recv_spaces(), left)
+            assert count
             left = left[count:]
             found += plain(receiver.received(count))
             while receiver.more:
                 found += plain(receiver.received(0))
     return found
+
+
+def fill(spaces: list[memoryview], data: memoryview | bytes) -> int:
+    """Put into `spaces` what they take of `data`, as a receive does; returns how much that was."""
+    count = 0
+    for space in spaces:
+        piece = data[count : count + len(space)]
+        space[: len(piece)] = piece
+        count += len(piece)
+    return count
 
 
 def plain(received: list[tuple[int, int, int, int, int, memoryview | None]]) -> list[Plain]:

@@ -38,12 +38,16 @@ def test_requests_are_answered_in_one_receive_and_one_send() -> None:
         )
         answer = pump.ask(stream, _1=512)
         assert answer == [(1, 0, bytes(512))] + [(cookie, 0, b"") for cookie in range(2, 7)]
-        connection = pump.connection
-        assert (connection.receives, connection.sends) == (1, 1)
-        assert (connection.reads, connection.read_bytes) == (1, 512)
-        assert (connection.writes, connection.written_bytes) == (1, 512)
-        assert (connection.flushes, connection.zeroes, connection.errors) == (1, 1, 0)
-        assert (connection.trims, connection.trimmed_bytes) == (1, 512)
+        counters = pump.connection.counters
+        assert (counters.receives, counters.sends) == (1, 1)
+        assert (counters.reads, counters.read_bytes) == (1, 512)
+        assert (counters.writes, counters.written_bytes) == (1, 512)
+        assert (
+            counters.flushes,
+            counters.zeroes,
+            counters.errors,
+        ) == (1, 1, 0)
+        assert (counters.trims, counters.trimmed_bytes) == (1, 512)
 
 
 @pytest.mark.parametrize("command", [READ, WRITE])
@@ -57,11 +61,11 @@ def test_at_depth_32_there_are_two_system_calls_for_32_requests(command: int) ->
             else:
                 pump.send(stream)
             pump.receive(32 * (16 + (4096 if command == READ else 0)))
-        connection = pump.connection
-        assert connection.reads + connection.writes == 32 * 50
+        counters = pump.connection.counters
+        assert counters.reads + counters.writes == 32 * 50
         pieces = 1 if command == READ else 4
-        assert connection.receives <= 50 * pieces
-        assert connection.sends <= 50 * pieces
+        assert counters.receives <= 50 * pieces
+        assert counters.sends <= 50 * pieces
 
 
 def test_a_thousand_replies_leave_in_gathered_sends() -> None:
@@ -71,7 +75,7 @@ def test_a_thousand_replies_leave_in_gathered_sends() -> None:
         received = pump.receive(1000 * (16 + 512))
         found = replies(received, dict.fromkeys(range(1000), 512))
         assert [cookie for cookie, _, _ in found] == list(range(1000))
-        assert pump.connection.sends <= 10
+        assert pump.connection.counters.sends <= 10
 
 
 def test_a_short_send_keeps_its_place_and_arms_epollout_until_all_has_left() -> None:
@@ -80,7 +84,7 @@ def test_a_short_send_keeps_its_place_and_arms_epollout_until_all_has_left() -> 
         pump.turns()
         assert pump.connection._events & WRITABLE
         pump.turns(20)
-        assert pump.connection.sends == 1, "it tried again without being told to"
+        assert pump.connection.counters.sends == 1, "it tried again without being told to"
         assert pump.receive(16 + (1 << 20)) == reply(1, data=bytes(1 << 20))
         pump.turns()
         assert pump.connection._events == READABLE
@@ -133,7 +137,7 @@ def test_a_bad_request_gets_its_error_and_the_connection_lives(bad: bytes, expec
     with Pump() as pump:
         answer = pump.ask(bad + request(READ, 0, 512, cookie=2), _2=512)
         assert answer == [(1, expected, b""), (2, 0, bytes(512))]
-        assert pump.connection.errors == 1
+        assert pump.connection.counters.errors == 1
         assert not pump.closed
 
 
@@ -184,8 +188,8 @@ def test_a_failure_of_the_backend_is_answered_with_its_errno(number: int, expect
         for _ in range(2):
             answer = pump.ask(request(WRITE, payload=bytes(512)))
             assert answer == [(1, expected, b"")]
-        assert pump.connection.errors == 2
-        assert pump.connection.bugs == 0
+        assert pump.connection.counters.errors == 2
+        assert pump.connection.counters.bugs == 0
 
 
 def test_a_bug_in_a_backend_is_logged_counted_and_answered_with_eio(
@@ -194,7 +198,7 @@ def test_a_bug_in_a_backend_is_logged_counted_and_answered_with_eio(
     with Pump(raising(ZeroDivisionError("oops"))) as pump:
         assert pump.ask(request(READ, 512, 512)) == [(1, 5, b"")]
         assert pump.ask(request(READ, 512, 512)) == [(1, 5, b"")]
-        assert pump.connection.bugs == 2
+        assert pump.connection.counters.bugs == 2
     assert "read of 512 bytes at 512 failed: oops" in caplog.text
     assert "Traceback" in caplog.text
 
@@ -203,7 +207,7 @@ def test_failures_do_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None
     with Pump(raising(OSError(errno.EIO, "no"))) as pump:
         pump.send(request(READ, 0, 512) * 500)
         pump.receive(500 * 16)
-        assert pump.connection.errors == 500
+        assert pump.connection.counters.errors == 500
     failed = [record for record in caplog.records if "failed" in record.message]
     assert len(failed) == FAILURES_LOGGED
 
@@ -216,7 +220,7 @@ def test_a_read_of_the_wrong_length_is_never_sent(returned: bytes) -> None:
             (1, 5, b""),
             (2, 5, b""),
         ]
-        assert pump.connection.bugs == 2
+        assert pump.connection.counters.bugs == 2
 
 
 def test_a_pending_read_of_the_wrong_length_is_never_sent() -> None:
@@ -225,7 +229,7 @@ def test_a_pending_read_of_the_wrong_length_is_never_sent() -> None:
         pump.ask(request(READ, 0, 512))
         held.finish(data=bytes(100))
         assert pump.receive(16) == reply(1, 5)
-        assert pump.connection.bugs == 1
+        assert pump.connection.counters.bugs == 1
 
 
 # --- pending requests ---
@@ -240,8 +244,8 @@ def test_completions_in_any_order_answer_each_cookie_once() -> None:
         pump.turns()
         found = replies(pump.drain_client(), dict.fromkeys(range(8), 512))
         assert sorted(found) == [(i, 0, pattern(512 * i, 512)) for i in range(8)]
-        assert pump.connection.sends == 1
-        assert pump.connection.reads == 8
+        assert pump.connection.counters.sends == 1
+        assert pump.connection.counters.reads == 8
         assert pump.connection.idle
 
 
@@ -253,7 +257,7 @@ def test_a_pending_failure_is_answered() -> None:
         held.finish()
         pump.turns()
         assert replies(pump.drain_client(), {}) == [(1, 28, b""), (2, 0, b"")]
-        assert (pump.connection.writes, pump.connection.flushes) == (0, 1)
+        assert (pump.connection.counters.writes, pump.connection.counters.flushes) == (0, 1)
 
 
 def test_a_lent_buffer_is_released_when_its_data_has_left_and_not_before() -> None:
@@ -304,7 +308,7 @@ def test_a_flood_of_small_requests_is_bounded() -> None:
             held.finish_all()
             pump.turns(2)
         assert seen == list(range(QUEUE_MAX * 3))
-        assert pump.connection.flushes == QUEUE_MAX * 3
+        assert pump.connection.counters.flushes == QUEUE_MAX * 3
         assert pump.connection._events == READABLE
 
 
@@ -370,7 +374,7 @@ def test_a_busy_channel_gets_everything_in_order_and_nothing_twice() -> None:
             held.finish_all()
             pump.turns()
         assert [cookie for cookie, *_ in held.submitted] == list(range(100))
-        assert pump.connection.reads == 100
+        assert pump.connection.counters.reads == 100
         assert pump.connection._events == READABLE
 
 

@@ -97,8 +97,8 @@ def test_fua_is_a_write_and_a_flush(serve: Serve) -> None:
     assert pump.ask(request(WRITE, 512, payload=b"x" * 512, flags=FUA)) == [(1, 0, b"")]
     assert disk.journal == [("write", 512, 512), ("flush",)]
     assert disk.data[512:1024] == b"x" * 512
-    assert pump.connection.writes == 1
-    assert pump.connection.flushes == 0
+    assert pump.connection.counters.writes == 1
+    assert pump.connection.counters.flushes == 0
 
 
 def test_a_trim_with_fua_is_flushed(serve: Serve) -> None:
@@ -148,7 +148,7 @@ def test_long_zeroes_are_bounded_writes_that_leave_turns_to_others(serve: Serve)
     assert last == ("flush",)
     assert all(verb == "write" and length <= WRITE_BYTES for verb, _, length in writes)
     assert sum(length for _, _, length in writes) == SIZE - 1024
-    assert pump.connection.zeroes == 1
+    assert pump.connection.counters.zeroes == 1
 
 
 def test_fast_zeroes_are_refused_since_writing_is_not_fast(serve: Serve) -> None:

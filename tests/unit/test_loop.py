@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from reactor.loop import NEVER, READABLE, SPIN_NS, WRITABLE, Reactor
+from reactor.loop import (
+    NEVER,
+    READABLE,
+    SPIN_MISSES_MAX,
+    SPIN_NS,
+    SPIN_REST,
+    WRITABLE,
+    Reactor,
+)
 
 if TYPE_CHECKING:  # pytest must be the first to import it
     from tests.unit.looping import Clock, Poll
@@ -45,6 +53,43 @@ def test_adaptive_mode_spins_for_a_bounded_time_after_work(
     for _ in range(6):
         reactor.turn()
     assert poll.waits == [0, 0, 0, 0, 0, NEVER, NEVER]
+
+
+def _spins(reactor: Reactor, poll: Poll) -> bool:
+    """Do a busy turn; returns whether the loop looks again before it sleeps."""
+    reactor.call_from_thread(lambda: None)
+    reactor.turn()
+    poll.waits.clear()
+    poll.takes_ns = SPIN_NS
+    reactor.turn()
+    reactor.turn()
+    poll.takes_ns = 0
+    return poll.waits == [0, NEVER]
+
+
+def test_spinning_in_vain_ends_for_a_while_and_is_tried_again(
+    make: Callable[..., Reactor], poll: Poll
+) -> None:
+    reactor = make("adaptive")
+    expected = [True] * SPIN_MISSES_MAX + [False] * (SPIN_REST - 1) + [True]
+    assert [_spins(reactor, poll) for _ in expected] == expected
+    again = [False] * (SPIN_REST - 1) + [True]
+    assert [_spins(reactor, poll) for _ in again] == again
+
+
+def test_what_comes_while_it_spins_keeps_it_spinning(
+    make: Callable[..., Reactor], poll: Poll
+) -> None:
+    reactor = make("adaptive")
+    for _ in range(SPIN_MISSES_MAX * 2):
+        for _ in range(SPIN_MISSES_MAX - 1):
+            assert _spins(reactor, poll)
+        reactor.call_from_thread(lambda: None)
+        reactor.turn()
+        poll.waits.clear()
+        reactor.call_from_thread(lambda: None)
+        reactor.turn()
+        assert poll.waits == [0]
 
 
 def test_adaptive_mode_does_not_spin_after_a_handler_that_did_nothing(
@@ -117,37 +162,11 @@ def test_what_the_last_turn_left_prevents_the_sleep(
 # --- accounts ---
 
 
-def test_time_is_entered_where_it_was_spent(
+def test_time_is_busy_from_the_wait_to_the_end_of_a_turn_that_did_work(
     make: Callable[..., Reactor],
     poll: Poll,
     clock: Clock,
     pair: tuple[socket.socket, socket.socket],
-) -> None:
-    reactor = make("poll")
-
-    def work(_events: int) -> bool:
-        clock.now += 3 * MS
-        return True
-
-    def look() -> bool:
-        clock.now += 1 * MS
-        return False
-
-    fd = reactor.add_fd(pair[0].fileno(), work, name="socket")
-    idle = reactor.add_poller(look, name="looker")
-    poll.takes_ns = 5 * MS
-    poll.ready = [(pair[0].fileno(), READABLE)]
-    assert reactor.turn()
-    assert not reactor.turn()
-    assert (fd.run_count, fd.busy_count, fd.busy_ns) == (1, 1, 3 * MS)
-    assert (idle.run_count, idle.busy_count, idle.busy_ns) == (2, 0, 0)
-    assert reactor.busy_ns == 4 * MS  # the busy turn, without its wait
-    assert reactor.idle_ns == (5 + 5 + 1) * MS
-    assert reactor.turns == 2
-
-
-def test_the_loop_accounts_for_timers_calls_and_flushes(
-    make: Callable[..., Reactor], clock: Clock
 ) -> None:
     reactor = make("poll")
 
@@ -157,16 +176,26 @@ def test_the_loop_accounts_for_timers_calls_and_flushes(
         def flush(self) -> None:
             clock.now += 2 * MS
 
-    def spend() -> None:
-        clock.now += 1 * MS
+    def work(_events: int) -> bool:
+        clock.now += 3 * MS
+        reactor.mark_flush(Slow())
+        return True
 
-    reactor.call_later(0, spend)
-    reactor.call_from_thread(spend)
-    reactor.mark_flush(Slow())
-    reactor.turn()
-    spent = {poller.name: poller.busy_ns for poller in reactor.pollers}
-    assert spent == {"wakeup": 0, "timers": MS, "calls": MS, "kicks and flushes": 2 * MS}
-    assert sum(spent.values()) == reactor.busy_ns
+    def look() -> bool:
+        clock.now += 1 * MS
+        return False
+
+    reactor.add_fd(pair[0].fileno(), work, name="socket")
+    reactor.add_poller(look, name="looker")
+    poll.takes_ns = 5 * MS
+    poll.ready = [(pair[0].fileno(), READABLE)]
+    assert reactor.turn()
+    assert reactor.busy_ns == (3 + 1 + 2) * MS
+    assert not reactor.turn()
+    assert not reactor.turn()
+    assert reactor.busy_ns == (3 + 1 + 2) * MS
+    assert reactor.idle_ns == (5 + 5 + 1 + 5) * MS  # the last turn's own is entered by the next
+    assert reactor.turns == 3
 
 
 def test_a_timer_that_was_cancelled_is_no_work(make: Callable[..., Reactor], clock: Clock) -> None:

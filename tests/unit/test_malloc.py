@@ -224,7 +224,7 @@ def test_the_holes_are_known_again_after_reopening(disk: Open) -> None:
     first.memory.data[6 << 20 : (6 << 20) + 512] = b"y" * 512
     first.close()
     second = disk((6 << 20) + 4096)
-    assert bytes(second.memory.holes) == b"\0\0\1\1\1\1\0"
+    assert bytes(second.memory.backed) == b"\1\1\0\0\0\0\1"
 
 
 def test_a_hole_of_one_page_in_each_chunk_is_known_again(disk: Open) -> None:
@@ -234,7 +234,7 @@ def test_a_hole_of_one_page_in_each_chunk_is_known_again(disk: Open) -> None:
     for chunk in (1, 2, 4):
         first.memory.trim(chunk * CHUNK + PAGE, chunk * CHUNK + 2 * PAGE)
     first.close()
-    assert bytes(disk(6 << 20).memory.holes) == b"\0\1\1\0\1\0"
+    assert bytes(disk(6 << 20).memory.backed) == b"\1\0\0\1\0\1"
 
 
 def test_a_disk_in_use_is_not_opened_again(disk: Open) -> None:

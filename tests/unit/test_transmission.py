@@ -23,6 +23,7 @@ from tests.unit.requests import (
     bytewise,
     export,
     feed,
+    fill,
     plain,
     request,
 )
@@ -95,7 +96,7 @@ def test_a_wrong_magic_loses_the_stream_for_good() -> None:
     assert isinstance(receiver.error, ProtocolError)
     assert "0x25609514" in str(receiver.error)
     with pytest.raises(ProtocolError):
-        receiver.recv_space()
+        receiver.recv_spaces()
     with pytest.raises(ProtocolError):
         receiver.received(0)
 
@@ -130,8 +131,9 @@ def test_the_memory_of_a_large_payload_is_not_kept_for_small_ones() -> None:
     stream = request(WRITE, payload=bytes(8 << 20))
     pieces = [stream[i : i + 300_000] for i in range(0, len(stream), 300_000)]
     feed(receiver, pieces)
-    feed(receiver, [request(READ)])
+    feed(receiver, [request(READ), request(READ)])
     assert receiver._large is None
+    assert receiver._given is None
     assert receiver._spare is None
 
 
@@ -173,7 +175,7 @@ def test_a_flood_of_headers_comes_in_bounded_batches() -> None:
     receiver = Receiver(export())
     count = REQUESTS_MAX * 2 + 5
     flood = b"".join(request(READ, cookie=i) for i in range(count))
-    receiver.recv_space()[: len(flood)] = flood
+    fill(receiver.recv_spaces(), flood)
     batches = [plain(receiver.received(len(flood)))]
     while receiver.more:
         batches.append(plain(receiver.received(0)))
@@ -184,7 +186,7 @@ def test_a_flood_of_headers_comes_in_bounded_batches() -> None:
 def test_a_full_batch_that_ends_the_input_has_nothing_more() -> None:
     receiver = Receiver(export())
     flood = request(READ) * REQUESTS_MAX
-    receiver.recv_space()[: len(flood)] = flood
+    fill(receiver.recv_spaces(), flood)
     assert len(receiver.received(len(flood))) == REQUESTS_MAX
     assert not receiver.more
 
@@ -194,9 +196,9 @@ def test_there_is_always_space_for_a_batch() -> None:
     stream = request(WRITE, payload=bytes(IN_PLACE_MAX - 512)) * 5
     for i in range(0, len(stream), 65_536):
         piece = stream[i : i + 65_536]
-        space = receiver.recv_space()
-        assert len(space) >= 256 << 10
-        space[: len(piece)] = piece
+        spaces = receiver.recv_spaces()
+        assert len(spaces[-1]) >= 256 << 10
+        assert fill(spaces, piece) == len(piece)
         receiver.received(len(piece))
 
 

@@ -1,0 +1,117 @@
+"""The short way of plain reads and writes to a disk that is memory.
+
+Without a tuple, a call and a struct of its own, a request takes 0.4 us of Python here and 0.8 by
+`Channel.submit`. What is not plain is left to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from backends.api import CHUNK_SHIFT, MappedMemory
+from reactor.data.counters import Counters
+from reactor.data.outgoing import REPLY_BYTES, Outgoing
+from reactor.protocol.export import Export
+from reactor.protocol.transmission import HEADER_BYTES, REQUESTS_MAX
+from reactor.protocol.wire import MAX_PAYLOAD, PLAIN_READ, PLAIN_REPLY, PLAIN_REQUEST, PLAIN_WRITE
+
+CHUNK: Final = 1 << CHUNK_SHIFT
+# If less is still to come of a payload, copying it costs less than receiving in two places.
+PLACED_MIN: Final = 16 << 10
+
+
+class MemoryShortcut:
+    """Answers requests of one connection in the bytes of a receiver, until `stop`.
+
+    `receive_into(memory)` has what comes next received there, and `answer` called after it.
+    """
+
+    def __init__(
+        self,
+        memory: MappedMemory,
+        export: Export,
+        outgoing: Outgoing,
+        counters: Counters,
+        receive_into: Callable[[memoryview], None],
+    ) -> None:
+        self._memory = memory
+        self._export = export
+        self._outgoing = outgoing
+        self._counters = counters
+        self._receive_into = receive_into
+        self._placed: tuple[bytes, int] | None = None  # cookie and length of a write on its way
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Answer no more than the write that is on its way."""
+        self._stopped = True
+
+    def answer(self, buffer: memoryview, begin: int, end: int) -> int:
+        """Answer what is plain from `begin`, up to the first request that is not.
+
+        Returns where that begins. A write that is cut off leaves what came of it, as on any disk.
+        """
+        memory, export, outgoing = self._memory, self._export, self._outgoing
+        data, backed, size = memory.data, memory.backed, export.size
+        unaligned = export.block_size - 1
+        plain_write = b"" if export.readonly else PLAIN_WRITE
+        unpack, append = PLAIN_REQUEST.unpack_from, outgoing.buffers.append
+        written: list[bytes] = []  # cookies
+        reads = read_bytes = written_bytes = 0
+        if self._placed is not None:
+            cookie, written_bytes = self._placed
+            written.append(cookie)
+            self._placed = None
+        last = end - HEADER_BYTES if not self._stopped else -1
+        for _ in range(REQUESTS_MAX):
+            if begin > last:
+                break
+            kind, cookie, offset, length = unpack(buffer, begin)
+            stop = offset + length
+            if (
+                not 0 < length <= MAX_PAYLOAD
+                or (offset | length) & unaligned
+                or stop > size
+                or not backed[offset >> CHUNK_SHIFT]
+                or not backed[(stop - 1) >> CHUNK_SHIFT]
+                or (length > CHUNK and not memory.is_backed(offset, stop))
+            ):
+                break
+            if kind == PLAIN_READ:
+                begin += HEADER_BYTES
+                append(PLAIN_REPLY + cookie)
+                append(data[offset:stop])
+                reads += 1
+                read_bytes += length
+            elif kind == plain_write:
+                payload = begin + HEADER_BYTES
+                if payload + length > end:
+                    if self._place(cookie, data[offset:stop], buffer[payload:end]):
+                        begin = end
+                    break
+                begin = payload + length
+                data[offset:stop] = buffer[payload:begin]
+                written.append(cookie)
+                written_bytes += length
+            else:
+                break
+        counters = self._counters
+        if written:
+            # In one buffer: another piece for each costs as much as the rest of its reply.
+            append(PLAIN_REPLY + PLAIN_REPLY.join(written))
+            counters.writes += len(written)
+            counters.written_bytes += written_bytes
+        counters.reads += reads
+        counters.read_bytes += read_bytes
+        outgoing.waiting += (reads + len(written)) * REPLY_BYTES + read_bytes
+        return begin
+
+    def _place(self, cookie: bytes, memory: memoryview, came: memoryview) -> bool:
+        """Have the rest of a payload received straight into `memory`; False: it is too short."""
+        if len(memory) - len(came) < PLACED_MIN:
+            return False
+        memory[: len(came)] = came
+        self._receive_into(memory[len(came) :])
+        self._placed = cookie, len(memory)
+        return True
