@@ -14,7 +14,7 @@ def collect_by_timer(reactor: Reactor) -> None:
     """Search by a timer, and only among what was made from now on.
 
     By itself Python searches after every 700 new objects, in the middle of a batch of requests,
-    and now and then through all modules, which takes 10 ms. Requests make no cycles; a connection
+    and now and then through all modules, for 4 ms. Requests make no cycles; a connection
     that ends leaves a few.
     """
     gc.collect()
