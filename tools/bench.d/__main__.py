@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -16,18 +15,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+import goals
 import plot
+import readme
+import record
 import tables
 from measuring import Plan, measure
 from points import CASES, Case
 from results import Results
-from servers import BenchError
 
 from reactor import __version__
 from reactor.units import parse_size
 
 REPETITIONS: Final = 5
-SECONDS: Final = 1.5
+SECONDS: Final = 0.7
 IDLE_SECONDS: Final = 10.0
 QUICK_REPETITIONS: Final = 3
 QUICK_SECONDS: Final = 0.25
@@ -43,8 +44,10 @@ VERSIONS: Final = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command; returns the exit status: 1 when a request costs more than it may."""
     options = _parse(arguments)
+    if options.earlier:
+        return _tell(options.earlier, options)
     cases = [case for case in CASES if case.quick or not options.quick]
     cases = [case for case in cases if options.only.search(case.name)]
     if options.list:
@@ -54,19 +57,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("--only leaves nothing", 2)
     # What was started is stopped either way.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results = Results(_about(options))
+    plan = _plan(options, cases)
+    results = Results(_about(plan))
     try:
-        measure(_plan(options, cases), results)
-    except (BenchError, OSError) as error:
+        measure(plan, results)
+    except OSError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         print("interrupted; this is what was measured:", file=sys.stderr)
+    # As a later --from will read it, so that it will tell the same.
+    return _tell(record.from_json(record.as_json(results)), options)
+
+
+def _tell(results: Results, options: argparse.Namespace) -> int:
+    """Write what was asked for; returns the exit status."""
     if options.json:
-        options.json.write_text(json.dumps(results.plain(), indent=1) + "\n")
+        options.json.write_text(record.as_json(results))
     if options.plot:
         options.plot.write_text(plot.as_svg(results))
+    if options.markdown:
+        text = options.markdown.read_text()
+        options.markdown.write_text(
+            readme.put(readme.as_markdown(results, _picture(options)), text)
+        )
     _show(tables.as_text(results))
-    return 0
+    broken = goals.broken_bounds(results)
+    return _fail("a request costs too much:\n" + "\n".join(broken), 1) if broken else 0
+
+
+def _picture(options: argparse.Namespace) -> str | None:
+    """Return the plot as the Markdown names it."""
+    if options.plot is None:
+        return None
+    return str(os.path.relpath(options.plot.resolve(), options.markdown.resolve().parent))
 
 
 def _show(text: str) -> None:
@@ -102,10 +125,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write IOPS over depth as SVG")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="put tables into FILE, where its marks are"
+    )
+    parser.add_argument(
+        "--from",
+        dest="earlier",
+        type=_earlier,
+        metavar="FILE",
+        help="measure nothing; tell what an earlier run wrote with --json",
+    )
     options = parser.parse_args(arguments)
+    # Better now than after half an hour.
     for path in (options.json, options.plot):
         if path and not path.absolute().parent.is_dir():
-            parser.error(f"{path}: no such directory")  # better now than after an hour
+            parser.error(f"{path}: no such directory")
+    if options.markdown and not readme.has_marks(options.markdown):
+        parser.error(f"{options.markdown}: needs the lines {readme.BEGIN!r} and {readme.END!r}")
     options.cores = options.cores or _first_cores()
     return options
 
@@ -115,6 +151,13 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def _earlier(name: str) -> Results:
+    try:
+        return record.from_json(Path(name).read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is not what --json wrote: {error}") from error
 
 
 def _positive(text: str) -> int:
@@ -179,7 +222,7 @@ def _plan(options: argparse.Namespace, cases: Sequence[Case]) -> Plan:
     )
 
 
-def _about(options: argparse.Namespace) -> dict[str, Any]:
+def _about(plan: Plan) -> dict[str, Any]:
     """Describe the run: when, where, with what."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -189,7 +232,9 @@ def _about(options: argparse.Namespace) -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],  # of the machine, before
-        "cores": {"server": options.cores[0], "load": options.cores[1]},
+        "repetitions": plan.repetitions,
+        "seconds": plan.seconds,
+        "cores": {"server": plan.server_core, "load": plan.load_core},
         "versions": {"nbd-reactor": __version__, **_versions()},
     }
 

@@ -6,6 +6,7 @@
  *   --depth N        requests in flight (default 1)
  *   --bytes N        bytes of a request (default 4096)
  *   --seconds S      how long (default 1)
+ *   --requests N     how many requests instead
  *   --reads PERCENT  of the requests, the others write (default 100)
  *   --sequential     ascending offsets instead of random ones
  *   --apart          a system call for each header and each payload, both ways, as the kernel does
@@ -37,7 +38,7 @@ struct slot {
 };
 
 static struct options {
-    unsigned depth, bytes, reads;
+    unsigned depth, bytes, reads, requests;
     double seconds;
     bool sequential, apart, verify;
     const char *path, *export;
@@ -45,7 +46,7 @@ static struct options {
 
 static struct load {
     int fd;
-    uint64_t blocks, position, random, cookie;
+    uint64_t blocks, position, chosen, random, cookie;
     enum phase phase;
     struct slot slots[DEPTH_MAX];
     unsigned idle[DEPTH_MAX], idles;
@@ -107,15 +108,18 @@ static uint64_t next_random(void)
 
 static bool over(uint64_t now)
 {
-    if (load.phase == MIX)
-        return now >= load.began + (uint64_t)(options.seconds * 1e9);
-    return load.position >= load.blocks;
+    if (load.phase != MIX)
+        return load.position >= load.blocks;
+    if (options.requests)
+        return load.chosen >= options.requests;
+    return now >= load.began + (uint64_t)(options.seconds * 1e9);
 }
 
 static void choose(struct slot *slot)
 {
     bool in_order = options.sequential || load.phase != MIX;
 
+    load.chosen++;
     slot->block = (in_order ? load.position++ : next_random()) % load.blocks;
     slot->writes = load.phase == FILL
         || (load.phase == MIX && (next_random() >> 32) % 100 >= options.reads);
@@ -263,7 +267,7 @@ static void receive(void)
 static void run(enum phase phase)
 {
     load.phase = phase;
-    load.position = 0;
+    load.position = load.chosen = 0;
     load.began = now_ns();
     do {
         uint64_t now = now_ns();
@@ -321,8 +325,8 @@ static void connect_to_server(void)
 
 _Noreturn static void usage(void)
 {
-    fprintf(stderr, "usage: load [--depth N] [--bytes N] [--seconds S] [--reads PERCENT]"
-                    " [--sequential] [--apart] [--verify] SOCKET EXPORT\n");
+    fprintf(stderr, "usage: load [--depth N] [--bytes N] [--seconds S | --requests N]"
+                    " [--reads PERCENT] [--sequential] [--apart] [--verify] SOCKET EXPORT\n");
     exit(2);
 }
 
@@ -341,6 +345,7 @@ static void parse(int count, char **arguments)
     static const struct option names[] = {
         { "depth", required_argument, NULL, 'd' },  { "bytes", required_argument, NULL, 'b' },
         { "seconds", required_argument, NULL, 's' }, { "reads", required_argument, NULL, 'r' },
+        { "requests", required_argument, NULL, 'n' },
         { "sequential", no_argument, NULL, 'q' },   { "apart", no_argument, NULL, 'a' },
         { "verify", no_argument, NULL, 'v' },       { NULL, 0, NULL, 0 },
     };
@@ -351,6 +356,7 @@ static void parse(int count, char **arguments)
         case 'd': options.depth = number(optarg, 1, DEPTH_MAX); break;
         case 'b': options.bytes = number(optarg, 512, BYTES_MAX) & ~511U; break;
         case 's': options.seconds = strtod(optarg, NULL); break;
+        case 'n': options.requests = number(optarg, 1, INT32_MAX); break;
         case 'r': options.reads = number(optarg, 0, 100); break;
         case 'q': options.sequential = true; break;
         case 'a': options.apart = true; break;

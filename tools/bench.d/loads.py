@@ -6,7 +6,7 @@ import contextlib
 import json
 import select
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,16 +81,15 @@ def connected(
         generator.close()
 
 
-def options_of(point: Point, seconds: float, *, apart: bool = False) -> list[str]:
-    """Return the generator's options for a point."""
-    options = [f"--reads={point.reads}", f"--bytes={point.bytes}", f"--depth={point.depth}"]
-    options += [f"--seconds={seconds}"]
+def options_of(point: Point, until: str, *, apart: bool = False) -> list[str]:
+    """Return the generator's options for a point; `until` is the one that ends the load."""
+    options = [f"--reads={point.reads}", f"--bytes={point.bytes}", f"--depth={point.depth}", until]
     return options + ["--sequential"] * point.sequential + ["--apart"] * apart
 
 
 def verify(program: Path, core: int, server: Server) -> None:
     """Fill the disk, and check that it holds what is written to it."""
-    options = [*options_of(VERIFIED, VERIFIED_SECONDS), "--verify"]
+    options = [*options_of(VERIFIED, f"--seconds={VERIFIED_SECONDS}"), "--verify"]
     with connected(program, core, server, options) as generator:
         generator.run(VERIFIED_SECONDS)
 
@@ -99,7 +98,7 @@ def by_generator(
     program: Path, core: int, server: Server, point: Point, seconds: float, *, apart: bool
 ) -> Measures:
     """Measure a point with our generator."""
-    options = options_of(point, seconds, apart=apart)
+    options = options_of(point, f"--seconds={seconds}", apart=apart)
     with connected(program, core, server, options) as generator:
         before = processes.cpu_seconds(server.pid)
         told = generator.run(seconds)
@@ -118,23 +117,25 @@ def syscalls(
     program: Path,
     core: int,
     server: Server,
-    point: Point,
-    seconds: float,
-    count: Callable[[int, Callable[[], None]], int],
-    *,
-    apart: bool,
+    options: Sequence[str],
+    count: processes.SyscallCounter,
 ) -> float:
     """Return the server's system calls per request; nothing else is measured meanwhile."""
     requests = 0.0
 
     def work() -> None:
         nonlocal requests
-        requests = generator.run(seconds)["requests"]
+        requests = generator.run(PATIENCE_SECONDS)["requests"]
 
-    options = options_of(point, seconds, apart=apart)
     with connected(program, core, server, options) as generator:
         counted = count(server.pid, work)
     return counted / requests
+
+
+def fio_speaks_nbd() -> bool:
+    """Whether fio was built with its NBD client."""
+    help_ = subprocess.run(["fio", "--enghelp=nbd"], capture_output=True, text=True, check=False)
+    return "uri" in help_.stdout
 
 
 def by_fio(

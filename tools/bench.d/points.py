@@ -7,6 +7,8 @@ from typing import Final
 
 #: Kinds of disk. `direct` is a file past the page cache, `python` a disk of 20 lines of Python.
 KINDS: Final = ("memory", "file", "direct", "python")
+#: Not measured but counted, on a memory disk: the same on any machine.
+COUNTS: Final = "counts"
 #: Our generator with all that is due in one system call, the same with header and payload apart
 #: as the kernel sends them, and fio's own NBD client.
 LOADS: Final = ("batched", "apart", "fio")
@@ -28,6 +30,14 @@ class Point:
         order = "" if self.sequential else "rand"
         size = f"{self.bytes >> 20}m" if self.bytes >= 1 << 20 else f"{self.bytes >> 10}k"
         return f"{order}{verb}-{size}-{self.depth}"
+
+    @property
+    def description(self) -> str:
+        """As in `4 KiB random reads, depth 32`."""
+        verb = {100: "reads", 0: "writes"}.get(self.reads, f"I/O, {self.reads} % reads")
+        order = "sequential" if self.sequential else "random"
+        size = f"{self.bytes >> 20} MiB" if self.bytes >= 1 << 20 else f"{self.bytes >> 10} KiB"
+        return f"{size} {order} {verb}, depth {self.depth}"
 
 
 @dataclass(frozen=True)
@@ -53,18 +63,26 @@ LARGE: Final = tuple(
 MIXED: Final = (Point(70, 4096, 32),)
 
 
+#: What a request costs is counted for these.
+COUNTED: Final = tuple(
+    Point(reads, size, depth)
+    for reads, size in ((100, 4096), (0, 4096), (0, 128 << 10), (0, 1 << 20))
+    for depth in (1, 32)
+)
+
+
 def _cases() -> tuple[Case, ...]:
-    cases = []
+    cases = [Case(COUNTS, "batched", point, quick=True) for point in COUNTED]
     for kind in KINDS:
-        for point in (*SMALL, *LARGE, *MIXED):
+        for point in SMALL if kind == "python" else (*SMALL, *LARGE, *MIXED):
             quick = kind == "memory" or (point in SMALL and point.depth == 32)
             cases.append(Case(kind, "batched", point, quick and point not in MIXED))
     for point in SMALL:
         cases.append(Case("memory", "apart", point))
-        cases.append(Case("memory", "fio", point, point == Point(100, 4096, 32)))
+        cases.append(Case("memory", "fio", point, point.depth == 32))
         if point.depth == 32:
             cases += [Case("file", "fio", point), Case("python", "fio", point)]
-    order = {name: place for place, name in enumerate((*KINDS, *LOADS))}
+    order = {name: place for place, name in enumerate((COUNTS, *KINDS, *LOADS))}
     return tuple(sorted(cases, key=lambda case: (order[case.kind], order[case.load])))
 
 

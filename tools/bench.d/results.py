@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from loads import Measures
 from points import Case
 from servers import FLOOR, OURS
 
@@ -50,6 +51,7 @@ class Results:
     """Everything that one run found. Memory in bytes, idle in CPU seconds a second."""
 
     about: dict[str, Any]
+    counts: dict[str, Measures] = field(default_factory=dict)  # of a request, by case
     rows: list[Row] = field(default_factory=list)
     memory: dict[str, list[int]] = field(default_factory=dict)  # of each process, by KIND/SERVER
     idle: dict[str, float] = field(default_factory=dict)
@@ -62,31 +64,6 @@ class Results:
     def cases(self) -> list[Case]:
         """Return the cases that were measured, in order."""
         return list(dict.fromkeys(row.case for row in self.rows if row.measures))
-
-    def plain(self) -> dict[str, Any]:
-        """Return all of it for JSON."""
-        rows = [
-            {
-                "name": row.case.name,
-                "kind": row.case.kind,
-                "load": row.case.load,
-                **asdict(row.case.point),
-                "server": row.server,
-                "syscalls": row.syscalls,
-                "repetitions": row.measures,
-                "median": {name: row.spread(name).median for name in row.measures},
-            }
-            for row in self.rows
-            if row.measures
-        ]
-        return {
-            **self.about,
-            "rows": rows,
-            "ratios": [asdict(ratio) | {"case": ratio.case.name} for ratio in ratios(self)],
-            "memory_bytes": self.memory,
-            "idle_cpu": self.idle,
-            "notes": self.notes,
-        }
 
 
 @dataclass(frozen=True)
@@ -101,6 +78,11 @@ class Ratios:
     cpu_to_nbdkit: Spread | None
 
 
+def best_of(rows: Iterable[Row]) -> Row | None:
+    """Return the row with the most IOPS."""
+    return max(rows, key=lambda row: row.spread("iops").median, default=None)
+
+
 def ratios(results: Results) -> list[Ratios]:
     """Compare at every case where ours was measured."""
     found = []
@@ -110,23 +92,24 @@ def ratios(results: Results) -> list[Ratios]:
             continue
         ours = rows.pop(OURS)
         floor = rows.pop(FLOOR, None)
-        best = max(rows.values(), key=lambda row: row.spread("iops").median, default=None)
-        nbdkit = rows.get("nbdkit")
+        best = best_of(rows.values())
         found.append(
             Ratios(
                 case,
                 ours.spread("iops").median,
                 best.server if best else None,
-                ratio(ours, best, "iops") if best else None,
-                ratio(ours, floor, "iops") if floor else None,
-                ratio(ours, nbdkit, "server_cpu_us") if nbdkit else None,
+                ratio(ours, best, "iops"),
+                ratio(ours, floor, "iops"),
+                ratio(ours, rows.get("nbdkit"), "server_cpu_us"),
             )
         )
     return found
 
 
-def ratio(one: Row, other: Row, name: str) -> Spread | None:
+def ratio(one: Row | None, other: Row | None, name: str) -> Spread | None:
     """Compare repetition by repetition: what ran side by side had the same machine."""
+    if one is None or other is None:
+        return None
     pairs = zip(one.measures[name], other.measures[name], strict=False)
     quotients = [a / b for a, b in pairs if b]
     return Spread.of(quotients) if quotients else None

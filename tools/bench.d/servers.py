@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import processes
@@ -21,6 +22,8 @@ HERE: Final = Path(__file__).parent
 EXPORT: Final = "bench"
 START_SECONDS: Final = 30.0
 OURS: Final = "nbd-reactor"
+MANY_DISKS: Final = 64
+MANY: Final = f"{OURS}, {MANY_DISKS} disks"
 FLOOR: Final = "floor"
 
 
@@ -52,31 +55,26 @@ class Place:
 Command = Callable[[Place], list[str]]
 
 
-def _reactor(place: Place, disks: str) -> list[str]:
+def _reactor(place: Place, disks: str, *options: str) -> list[str]:
     config = place.folder / "disks.yaml"
     config.write_text(f"disks:\n{disks}")
     command = [sys.executable, "-m", "reactor", "--runtime-dir", str(place.folder / "run")]
-    return [*command, "--cores", str(place.core), "--config", str(config)]
+    return [*command, "--cores", str(place.core), "--config", str(config), *options]
 
 
-def _reactor_disk(*keys: str) -> Command:
+def _reactor_disk(*keys: str, options: Sequence[str] = ()) -> Command:
     def command(place: Place) -> list[str]:
         values = [key.format(size=place.size, image=place.image) for key in keys]
-        return _reactor(
-            place, f"  {EXPORT}: {{{', '.join([*values, f'listen: unix:{place.socket}'])}}}\n"
-        )
+        disk = f"{{{', '.join([*values, f'listen: unix:{place.socket}'])}}}"
+        return _reactor(place, f"  {EXPORT}: {disk}\n", *options)
 
     return command
 
 
-def idle_reactor(count: int) -> Command:
-    """Return the command for a service with `count` small disks, on sockets `socket-N`."""
-
-    def command(place: Place) -> list[str]:
-        disk = "  d{0}: {{backend: malloc, size: 1MiB, listen: unix:{1}-{0}}}\n"
-        return _reactor(place, "".join(disk.format(n, place.socket) for n in range(count)))
-
-    return command
+def reactor_with_many_disks(place: Place) -> list[str]:
+    """Return the command for a service with small disks, on sockets `socket-N`."""
+    disk = "  d{0}: {{backend: malloc, size: 1MiB, listen: unix:{1}-{0}}}\n"
+    return _reactor(place, "".join(disk.format(n, place.socket) for n in range(MANY_DISKS)))
 
 
 def _nbdkit(*plugin: str) -> Command:
@@ -137,6 +135,8 @@ COMMANDS: Final[Mapping[str, Mapping[str, Command]]] = {
         "nbdkit": _nbdkit("python", "{here}/nbdkit_disk.py", "bytes={size}"),
     },
 }
+#: Ours, made to behave the same however fast it runs.
+COUNTED: Final = _reactor_disk("backend: malloc", "size: {size}", options=("--mode", "interrupt"))
 #: On the image of our `direct` disk itself: what the storage can do.
 NATIVE_ENGINES: Final = ("fio io_uring", "fio libaio")
 #: These two keep the disk in anonymous memory, which is not theirs.
@@ -175,13 +175,19 @@ class Server:
     def resident_bytes(self) -> list[int]:
         """Return the memory of each of its processes, without that of a memory disk."""
         found = processes.resident_bytes(self.pid)
-        if (self.kind, self.name) in ANONYMOUS:
+        if found and (self.kind, self.name) in ANONYMOUS:
             found[found.index(max(found))] -= self.place.size
         return found
 
 
 @contextlib.contextmanager
-def running(name: str, kind: str, command: Command, place: Place) -> Iterator[Server]:
+def running(
+    name: str,
+    kind: str,
+    command: Command,
+    place: Place,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Server]:
     """Run a server on its core until the end of the context; raises BenchError."""
     place.folder.mkdir()
     words = command(place)
@@ -193,7 +199,7 @@ def running(name: str, kind: str, command: Command, place: Place) -> Iterator[Se
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},
         )
     pid = started.pid
     try:

@@ -1,9 +1,10 @@
-"""The results as text; the comparison is a table of Markdown, for the README."""
+"""The results as text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import goals
 from results import Ratios, Results, Row, Spread, ratio, ratios
 from servers import OURS
 
@@ -26,12 +27,15 @@ HEADS = (
 def as_text(results: Results) -> str:
     """Return everything for people."""
     parts = [_measured(results), _comparison(ratios(results)), _resources(results)]
+    parts += [_counted(results), _goals(results)]
     if results.notes:
         parts.append("\n".join(["Notes:", *(f"- {note}" for note in results.notes)]))
     return "\n\n".join(part for part in parts if part)
 
 
 def _measured(results: Results) -> str:
+    if not results.cases():
+        return ""
     lines = [
         "Medians of the repetitions; the least and most IOPS; CPU us and system calls of the server"
         " per request;"
@@ -86,10 +90,34 @@ def _comparison(found: Sequence[Ratios]) -> str:
 
 def _resources(results: Results) -> str:
     lines = [
-        f"memory without the disk, {name}: "
+        f"resident memory without the disk, {name}: "
         + " + ".join(f"{bytes_ / (1 << 20):.1f}" for bytes_ in each)
         + " MiB"
         for name, each in results.memory.items()
     ]
     lines += [f"idle CPU, {name}: {cpu:.2%}" for name, cpu in results.idle.items()]
+    return "\n".join(lines)
+
+
+def _counted(results: Results) -> str:
+    lines = [f"{'counted, nbd-reactor':<40}{'a request':>12}{'at most':>12}"]
+    lines += [
+        f"{name.split('/')[-1] + ': ' + measure:<40}{found:>12.3f}{most:>12g}"
+        for name, measure, found, most in goals.counted(results)
+    ]
+    return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def _goals(results: Results) -> str:
+    """Tell of every goal that anything of was measured."""
+    found = goals.verdicts(results)
+    if all(verdict.met is None for verdict in found):
+        return ""
+    words = {True: "met", False: "MISSED", None: "not measured"}
+    width = max(len(verdict.goal) for verdict in found) + 2
+    lines = [f"{'goal':<{width}}{'wanted':>10}{'found':>10}"]
+    for verdict in found:
+        value = "" if verdict.found is None else f"{verdict.found:{verdict.form}}"
+        line = f"{verdict.goal:<{width}}{verdict.wanted:>10}{value:>10}  {words[verdict.met]}"
+        lines.append(line)
     return "\n".join(lines)
