@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import psutil
 import pytest
 
 from tests.running import RunningService
@@ -22,6 +23,9 @@ from tests.running import RunningService
 BENCH = Path(__file__).parents[2] / "tools/bench.d"
 SIZE = 16 << 20
 REQUEST_BYTES = 28
+ROOT = BENCH.parents[1]
+RECORD = BENCH / "record.json"
+GOALS = 32
 
 
 def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -121,12 +125,108 @@ def test_a_request_costs_less_than_a_quarter_of_a_system_call_at_depth_32(
     assert (counts["receives"] + counts["sends"]) / requests < 0.25
 
 
+def counts_of(path: Path) -> dict[str, dict[str, float]]:
+    counts = json.loads(path.read_text())["counts"]
+    return {name.removeprefix("counts/batched/"): found for name, found in counts.items()}
+
+
+def test_what_a_request_costs_is_counted_and_within_its_bounds(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    done = bench("--quick", "--only", "^counts/", "--json", str(numbers))
+    assert done.returncode == 0, done.stderr
+    counts = counts_of(numbers)
+    sizes = [("read", "4k"), ("write", "4k"), ("write", "128k"), ("write", "1m")]
+    assert counts.keys() == {f"rand{verb}-{size}-{d}" for verb, size in sizes for d in (1, 32)}
+    for name, found in counts.items():
+        # Three calls when nothing can be batched: wait, receive, send.
+        assert "syscalls" in found or os.geteuid(), name
+        assert name != "randread-4k-1" or found.get("syscalls", 3) == pytest.approx(3, abs=0.1)
+        assert found["allocations"] > 5, name
+        assert found["copies"] == pytest.approx(float("write" in name), abs=0.15), name
+    batched = counts["randwrite-4k-32"]
+    assert batched.get("syscalls", 0) < 0.25
+    assert batched["allocations"] < counts["randwrite-4k-1"]["allocations"] / 2
+
+
+def test_strace_counts_the_same_system_calls(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    path = tools(tmp_path, "strace", "gcc", "as", "ld")
+    only = ["--only", "^counts/batched/randwrite-4k-(1|32)$"]
+    done = bench(*only, "--json", str(numbers), PATH=path)
+    assert done.returncode == 0, done.stderr
+    if "Operation not permitted" in done.stderr:
+        pytest.skip("strace is not allowed here")
+    counts = counts_of(numbers)
+    assert counts["randwrite-4k-1"]["syscalls"] == pytest.approx(3, abs=0.1)
+    assert counts["randwrite-4k-32"]["syscalls"] == pytest.approx(3 / 32, abs=0.05)
+
+
+def test_where_nothing_may_trace_the_rest_is_counted(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    only = ["--only", "^counts/batched/randwrite-4k-32$"]
+    done = bench(*only, "--json", str(numbers), PATH=tools(tmp_path, "gcc", "as", "ld"))
+    assert done.returncode == 0
+    assert "system calls are not counted" in done.stderr
+    found = counts_of(numbers)["randwrite-4k-32"]
+    assert found.keys() == {"allocations", "large allocations", "copies"}
+
+
+def test_a_request_that_costs_too_much_fails_the_run(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    record = json.loads(RECORD.read_text())
+    name = "counts/batched/randwrite-4k-32"
+    record["counts"][name] = {"copies": 2.0, "allocations": 3.0}
+    numbers.write_text(json.dumps(record))
+    done = bench("--from", str(numbers))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:] == [f"{name}: copies: 2.000 per request, more than 1"]
+
+
+def test_a_library_that_counts_too_little_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from counts import MemoryCounter  # noqa: PLC0415
+    from servers import BenchError  # noqa: PLC0415
+
+    source = (BENCH / "counting.c").read_text()
+    broken = {
+        "good": source,
+        "no-copies": source.replace("COPY_BYTES_MIN = 512", "COPY_BYTES_MIN = 1 << 30"),
+        "no-allocations": source.replace("count(ALLOCATIONS, 1)", "count(ALLOCATIONS, 0)"),
+        "mute": "",
+    }
+    for name, text in broken.items():
+        (tmp_path / f"{name}.c").write_text(text)
+        library, folder = tmp_path / f"{name}.so", tmp_path / name
+        folder.mkdir()
+        flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-fno-builtin", "-shared", "-fPIC"]
+        subprocess.run(["gcc", *flags, "-o", library, tmp_path / f"{name}.c"], check=True)
+        counter = MemoryCounter(library, folder)
+        if name == "good":
+            counter.check()
+        else:
+            with pytest.raises(BenchError, match=r"saw|did not count"):
+                counter.check()
+
+
 # --- the whole command ---
+
+
+def tools(tmp_path: Path, *names: str) -> str:
+    """Return a PATH on which only these commands are."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("taskset", "nice", *names):
+        found = shutil.which(name)
+        assert found, name
+        (folder / name).symlink_to(found)
+    return str(folder)
 
 
 def test_a_short_run_measures_every_server(tmp_path: Path) -> None:
     numbers, picture = tmp_path / "numbers.json", tmp_path / "picture.svg"
-    only = "^(memory|python)/batched/randread-4k-32$"
+    only = "^(counts|memory|python)/batched/randread-4k-32$"
     size = ["--size", "16MiB", "--directory", str(tmp_path)]
     once = ["--repetitions", "2", "--seconds", "0.1", "--idle-seconds", "0.1"]
     done = bench("--only", only, *size, *once, "--json", str(numbers), "--plot", str(picture))
@@ -141,7 +241,7 @@ def test_a_short_run_measures_every_server(tmp_path: Path) -> None:
         assert all(len(values) == 2 for values in row["repetitions"].values()), row
         assert all(value > 0 for value in row["repetitions"]["iops"]), row
         median = row["median"]
-        assert median["bytes_per_second"] == pytest.approx(median["iops"] * 4096)
+        assert median["bytes_per_second"] == pytest.approx(median["iops"] * 4096, rel=1e-4)
         assert 0 < median["p50_us"] <= median["p99_us"] <= median["p99.9_us"]
         assert row["syscalls"] is None or row["syscalls"] > 0
     assert [ratio["case"] for ratio in results["ratios"]] == [
@@ -153,16 +253,24 @@ def test_a_short_run_measures_every_server(tmp_path: Path) -> None:
     assert {"nbd-reactor", "floor", *peers} <= labels
     assert "| memory/batched/randread-4k-32 |" in done.stdout
     assert [path for path in tmp_path.iterdir() if path not in (numbers, picture)] == []
+    goals = {goal["goal"]: goal for goal in results["goals"]}
+    assert len(goals) == GOALS
+    to_floor = goals["memory, 4 KiB random reads, depth 32: IOPS to those of the floor"]
+    assert to_floor["found"] == results["ratios"][0]["to_floor"]["median"]
+    assert to_floor["met"] == (to_floor["found"] >= 0.6)
+    measured = {name for name, goal in goals.items() if goal["met"] is not None}
+    assert {name.split(":")[0] for name in measured} == {
+        "memory, 4 KiB random reads, depth 32",
+        "python, 4 KiB random reads, depth 32",
+        "nbd-reactor, 64 disks",
+        "memory of a worker without its disks, MiB",
+    }
+    assert all(f"{name} " in done.stdout for name in goals)
 
 
 def test_what_is_not_installed_is_named_and_left_out(tmp_path: Path) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("taskset", "nice"):
-        found = shutil.which(name)
-        assert found
-        (tools / name).symlink_to(found)
-    done = bench("--only", "^memory/.*/randread-4k-32$", "--idle-seconds", "0", PATH=str(tools))
+    path = tools(tmp_path)
+    done = bench("--only", "^memory/.*/randread-4k-32$", "--idle-seconds", "0", PATH=path)
     assert "no C compiler" in done.stderr
     assert "fio: not installed" in done.stderr
     assert done.returncode == 0
@@ -171,26 +279,92 @@ def test_what_is_not_installed_is_named_and_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nbdkit", "qemu-nbd", "nbd-server"])
 def test_a_server_that_is_not_installed_is_left_out(tmp_path: Path, name: str) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for other in ("taskset", "nice", "gcc", "as", "ld", "nbdkit", "qemu-nbd", "nbd-server"):
-        found = shutil.which(other)
-        assert found
-        if other != name:
-            (tools / other).symlink_to(found)
+    path = tools(tmp_path, "gcc", "as", "ld", *{"nbdkit", "qemu-nbd", "nbd-server"} - {name})
     numbers = tmp_path / "numbers.json"
     once = ["--repetitions", "1", "--seconds", "0.01", "--idle-seconds", "0", "--size", "16MiB"]
     only = "^memory/batched/randread-4k-32$"
-    done = bench("--only", only, *once, "--json", str(numbers), PATH=str(tools))
+    done = bench("--only", only, *once, "--json", str(numbers), PATH=path)
     assert done.returncode == 0, done.stderr
     assert f"left out: {name}: not installed" in done.stderr
     servers = {row["server"] for row in json.loads(numbers.read_text())["rows"]}
     assert servers == {"nbd-reactor", "floor", "nbdkit", "qemu-nbd", "nbd-server"} - {name}
 
 
+def test_a_server_that_dies_on_the_way_is_left_out_from_there_on(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    only = ["--only", "^memory/batched/rand(read|write)-4k-(1|32)$", "--size", "16MiB"]
+    times = ["--seconds", "0.2", "--repetitions", "2", "--idle-seconds", "0.1"]
+    with subprocess.Popen(
+        [sys.executable, str(BENCH), *only, *times, "--json", str(numbers)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stderr
+        for line in running.stderr:
+            if line.startswith("[2/4"):
+                break
+        (nbdkit,) = [
+            child
+            for child in psutil.Process(running.pid).children(recursive=True)
+            if child.name() == "nbdkit"
+        ]
+        nbdkit.kill()
+        said = running.stderr.read()
+    assert running.returncode == 0, said
+    assert "left out from here on" in said
+    results = json.loads(numbers.read_text())
+    last = [row for row in results["rows"] if row["name"] == "memory/batched/randwrite-4k-32"]
+    assert {row["server"] for row in last} == {"nbd-reactor", "floor", "qemu-nbd", "nbd-server"}
+    assert "nbdkit" not in results["idle_cpu"]
+    assert "nbd-reactor, 64 disks" in results["idle_cpu"]
+
+
+def test_fio_keeps_the_depth(serve: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from loads import _fio  # noqa: PLC0415
+    from points import Point  # noqa: PLC0415
+
+    slow = ["--filter=delay", "memory", "16M", "rdelay=20ms"]
+    path = serve("nbdkit", "-f", "-t", "64", "-U", "SOCKET", *slow)
+    target = ["--ioengine=nbd", f"--uri=nbd+unix:///?socket={path}", "--size=16M"]
+    job = _fio(min(os.sched_getaffinity(0)), target, Point(100, 4096, 32), 0.5)
+    assert job["iodepth_level"]["32"] > 80  # percent of the time
+
+
+# --- the record ---
+
+
+def test_the_readme_shows_the_record(tmp_path: Path) -> None:
+    readme, picture = tmp_path / "README.md", tmp_path / "tools/bench.d/record.svg"
+    picture.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "README.md", readme)
+    marks = [line for line in readme.read_text().splitlines() if line.startswith("<!--")]
+    readme.write_text(f"{marks[0]}\nwritten by hand\n{marks[1]}\n")
+    done = bench("--from", str(RECORD), "--markdown", str(readme), "--plot", str(picture))
+    assert done.returncode == 0, done.stderr
+    tables = readme.read_text()
+    assert "written by hand" not in tables
+    assert "| nbd-reactor |" in tables
+    assert tables in (ROOT / "README.md").read_text()
+    assert picture.read_text() == (BENCH / "record.svg").read_text()
+
+
+def test_what_json_wrote_is_told_again_alike(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.json"
+    assert bench("--from", str(RECORD), "--json", str(copy)).returncode == 0
+    again = bench("--from", str(copy))
+    assert again.stdout == bench("--from", str(RECORD)).stdout
+    assert json.loads(copy.read_text())["rows"] == json.loads(RECORD.read_text())["rows"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--from", "README.md"], "is not what --json wrote"),
+        (["--from", "/nowhere/record.json"], "is not what --json wrote"),
+        (["--markdown", "CHANGELOG.md"], "needs the lines"),
+        (["--markdown", "/nowhere/README.md"], "needs the lines"),
         (["--only", "("], "--only"),
         (["--only", "unheard-of"], "leaves nothing"),
         (["--repetitions", "0"], "not a positive number"),
@@ -213,7 +387,8 @@ def test_list_names_the_cases_of_a_quick_run() -> None:
     quick = bench("--list", "--quick").stdout.splitlines()
     assert set(quick) < set(everything)
     assert len(everything) == len(set(everything))
-    assert {name.split("/")[0] for name in quick} == {"memory", "file", "direct", "python"}
+    kinds = {"counts", "memory", "file", "direct", "python"}
+    assert {name.split("/")[0] for name in quick} == kinds
 
 
 # --- the generator and the floor ---

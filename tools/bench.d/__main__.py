@@ -29,9 +29,9 @@ from reactor.units import parse_size
 
 REPETITIONS: Final = 5
 SECONDS: Final = 0.7
-IDLE_SECONDS: Final = 10.0
+IDLE_SECONDS: Final = 20.0
 QUICK_REPETITIONS: Final = 3
-QUICK_SECONDS: Final = 0.25
+QUICK_SECONDS: Final = 0.2
 QUICK_IDLE_SECONDS: Final = 3.0
 SIZE: Final = "256MiB"
 DIRECTORY: Final = "/var/tmp"  # /tmp may be in memory, and there is no O_DIRECT there
