@@ -142,7 +142,8 @@ def test_what_a_request_costs_is_counted_and_within_its_bounds(tmp_path: Path) -
         assert "syscalls" in found or os.geteuid(), name
         assert name != "randread-4k-1" or found.get("syscalls", 3) == pytest.approx(3, abs=0.1)
         assert found["allocations"] > 5, name
-        assert found["copies"] == pytest.approx(float("write" in name), abs=0.15), name
+        # What comes in a batch is copied once, from where it was received.
+        assert "4k" not in name or found["copies"] == pytest.approx(float("write" in name)), name
     batched = counts["randwrite-4k-32"]
     assert batched.get("syscalls", 0) < 0.25
     assert batched["allocations"] < counts["randwrite-4k-1"]["allocations"] / 2
@@ -171,15 +172,21 @@ def test_where_nothing_may_trace_the_rest_is_counted(tmp_path: Path) -> None:
     assert found.keys() == {"allocations", "large allocations", "copies"}
 
 
-def test_a_request_that_costs_too_much_fails_the_run(tmp_path: Path) -> None:
-    numbers = tmp_path / "numbers.json"
-    record = json.loads(RECORD.read_text())
-    name = "counts/batched/randwrite-4k-32"
-    record["counts"][name] = {"copies": 2.0, "allocations": 3.0}
-    numbers.write_text(json.dumps(record))
-    done = bench("--from", str(numbers))
+def test_a_request_that_costs_too_much_fails_the_run() -> None:
+    tighten = "import goals\nfor bound in goals.BOUNDS.values(): bound['allocations'] = 2\n"
+    run = f"import runpy\nrunpy.run_path({str(BENCH)!r}, run_name='__main__')"
+    case = "counts/batched/randwrite-4k-32"
+    done = subprocess.run(
+        [sys.executable, "-c", tighten + run, "--only", f"^{case}$"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(BENCH)},
+    )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[1:] == [f"{name}: copies: 2.000 per request, more than 1"]
+    assert f"{case}: allocations: " in done.stderr
+    assert "more than 2" in done.stderr
+    assert "copies: " not in done.stderr
 
 
 def test_a_library_that_counts_too_little_is_not_believed(
