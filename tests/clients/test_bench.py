@@ -1,234 +1,22 @@
-"""tools/bench: that it measures what it says, and the counts that hold on any machine."""
+"""tools/bench: the whole command."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import socket
-import struct
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import psutil
 import pytest
 
-from tests.running import RunningService
+from tests.bench import BENCH, ROOT, bench, path_with
 
-BENCH = Path(__file__).parents[2] / "tools/bench.d"
-SIZE = 16 << 20
-REQUEST_BYTES = 28
-ROOT = BENCH.parents[1]
 RECORD = BENCH / "record.json"
 GOALS = 32
-
-
-def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(BENCH), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=110,
-        env={**os.environ, **environment},
-    )
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Compile one of our C programs, without any warning."""
-
-    def compile_program(name: str) -> Path:
-        path = tmp_path_factory.getbasetemp() / name
-        flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"]
-        subprocess.run(["gcc", *flags, "-o", path, BENCH / f"{name}.c"], check=True)
-        return path
-
-    return compile_program
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Run a server until the end of the test; gives its socket."""
-    started = []
-    path = tmp_path / "server.sock"
-
-    def start(*command: str) -> Path:
-        started.append(subprocess.Popen([word.replace("SOCKET", str(path)) for word in command]))
-        while True:
-            try:
-                with socket.socket(socket.AF_UNIX) as sock:
-                    sock.connect(str(path))
-                    return path
-            except OSError:
-                assert started[-1].poll() is None
-
-    yield start
-    for process in started:
-        process.terminate()
-        process.wait(10)
-
-
-def load(
-    program: Path, path: Path, *options: str, core: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run the generator from its beginning to its end."""
-    pinned = [] if core is None else ["taskset", "--cpu-list", str(core)]
-    return subprocess.run(
-        [*pinned, str(program), "--seconds=0.1", *options, str(path), "bench"],
-        input="go\n",
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
-def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    assert done.returncode == 0, done.stderr
-    ready, result = done.stdout.splitlines()
-    assert ready == "ready"
-    measured: dict[str, Any] = json.loads(result)
-    return measured
-
-
-# --- the counts that hold on any machine ---
-
-
-@pytest.mark.parametrize(("reads", "counter"), [(100, "reads"), (0, "writes")])
-def test_a_request_costs_less_than_a_quarter_of_a_system_call_at_depth_32(
-    program: Callable[[str], Path],
-    service: Callable[..., RunningService],
-    tmp_path: Path,
-    reads: int,
-    counter: str,
-) -> None:
-    core = min(os.sched_getaffinity(0))
-    path = tmp_path / "disk.sock"
-    disk = f"{{backend: malloc, size: 16MiB, listen: 'unix:{path}'}}"
-    running = service(f"disks: {{bench: {disk}}}", cores=str(core))
-    # On the worker's own core: how two cores happen to run beside each other counts for nothing.
-    done = load(program("load"), path, "--depth=32", f"--reads={reads}", core=core)
-    requests = told(done)["requests"]
-    counts: dict[str, int] = {}
-
-    def all_are_counted() -> bool:
-        counts.update(running.rpc("reactor_get_disks", name="bench")[0]["statistics"])
-        return counts.get(counter) == requests
-
-    running.await_true(all_are_counted)
-    assert (counts["receives"] + counts["sends"]) / requests < 0.25
-
-
-def counts_of(path: Path) -> dict[str, dict[str, float]]:
-    counts = json.loads(path.read_text())["counts"]
-    return {name.removeprefix("counts/batched/"): found for name, found in counts.items()}
-
-
-def test_what_a_request_costs_is_counted_and_within_its_bounds(tmp_path: Path) -> None:
-    numbers = tmp_path / "numbers.json"
-    done = bench("--quick", "--only", "^counts/", "--json", str(numbers))
-    assert done.returncode == 0, done.stderr
-    counts = counts_of(numbers)
-    sizes = [("read", "4k"), ("write", "4k"), ("write", "128k"), ("write", "1m")]
-    assert counts.keys() == {f"rand{verb}-{size}-{d}" for verb, size in sizes for d in (1, 32)}
-    for name, found in counts.items():
-        # Three calls when nothing can be batched: wait, receive, send.
-        assert "syscalls" in found or os.geteuid(), name
-        assert name != "randread-4k-1" or found.get("syscalls", 3) == pytest.approx(3, abs=0.1)
-        assert found["allocations"] > 5, name
-        # What comes in a batch is copied once, from where it was received.
-        assert "4k" not in name or found["copies"] == pytest.approx(float("write" in name)), name
-    batched = counts["randwrite-4k-32"]
-    assert batched.get("syscalls", 0) < 0.25
-    assert batched["allocations"] < counts["randwrite-4k-1"]["allocations"] / 2
-
-
-def test_strace_counts_the_same_system_calls(tmp_path: Path) -> None:
-    numbers = tmp_path / "numbers.json"
-    path = tools(tmp_path, "strace", "gcc", "as", "ld")
-    only = ["--only", "^counts/batched/randwrite-4k-(1|32)$"]
-    done = bench(*only, "--json", str(numbers), PATH=path)
-    assert done.returncode == 0, done.stderr
-    if "Operation not permitted" in done.stderr:
-        pytest.skip("strace is not allowed here")
-    counts = counts_of(numbers)
-    assert counts["randwrite-4k-1"]["syscalls"] == pytest.approx(3, abs=0.1)
-    assert counts["randwrite-4k-32"]["syscalls"] == pytest.approx(3 / 32, abs=0.05)
-
-
-def test_where_nothing_may_trace_the_rest_is_counted(tmp_path: Path) -> None:
-    numbers = tmp_path / "numbers.json"
-    only = ["--only", "^counts/batched/randwrite-4k-32$"]
-    done = bench(*only, "--json", str(numbers), PATH=tools(tmp_path, "gcc", "as", "ld"))
-    assert done.returncode == 0
-    assert "system calls are not counted" in done.stderr
-    found = counts_of(numbers)["randwrite-4k-32"]
-    assert found.keys() == {"allocations", "large allocations", "copies"}
-
-
-def test_a_request_that_costs_too_much_fails_the_run() -> None:
-    tighten = "import goals\nfor bound in goals.BOUNDS.values(): bound['allocations'] = 2\n"
-    run = f"import runpy\nrunpy.run_path({str(BENCH)!r}, run_name='__main__')"
-    case = "counts/batched/randwrite-4k-32"
-    done = subprocess.run(
-        [sys.executable, "-c", tighten + run, "--only", f"^{case}$"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(BENCH)},
-    )
-    assert done.returncode == 1
-    assert f"{case}: allocations: " in done.stderr
-    assert "more than 2" in done.stderr
-    assert "copies: " not in done.stderr
-
-
-def test_a_library_that_counts_too_little_is_not_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    from counts import MemoryCounter  # noqa: PLC0415
-    from servers import BenchError  # noqa: PLC0415
-
-    source = (BENCH / "counting.c").read_text()
-    broken = {
-        "good": source,
-        "no-copies": source.replace("COPY_BYTES_MIN = 512", "COPY_BYTES_MIN = 1 << 30"),
-        "no-allocations": source.replace("count(ALLOCATIONS, 1)", "count(ALLOCATIONS, 0)"),
-        "mute": "",
-    }
-    for name, text in broken.items():
-        (tmp_path / f"{name}.c").write_text(text)
-        library, folder = tmp_path / f"{name}.so", tmp_path / name
-        folder.mkdir()
-        flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-fno-builtin", "-shared", "-fPIC"]
-        subprocess.run(["gcc", *flags, "-o", library, tmp_path / f"{name}.c"], check=True)
-        counter = MemoryCounter(library, folder)
-        if name == "good":
-            counter.check()
-        else:
-            with pytest.raises(BenchError, match=r"saw|did not count"):
-                counter.check()
-
-
-# --- the whole command ---
-
-
-def tools(tmp_path: Path, *names: str) -> str:
-    """Return a PATH on which only these commands are."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("taskset", "nice", *names):
-        found = shutil.which(name)
-        assert found, name
-        (folder / name).symlink_to(found)
-    return str(folder)
 
 
 def test_a_short_run_measures_every_server(tmp_path: Path) -> None:
@@ -276,7 +64,7 @@ def test_a_short_run_measures_every_server(tmp_path: Path) -> None:
 
 
 def test_what_is_not_installed_is_named_and_left_out(tmp_path: Path) -> None:
-    path = tools(tmp_path)
+    path = path_with(tmp_path)
     done = bench("--only", "^memory/.*/randread-4k-32$", "--idle-seconds", "0", PATH=path)
     assert "no C compiler" in done.stderr
     assert "fio: not installed" in done.stderr
@@ -286,7 +74,7 @@ def test_what_is_not_installed_is_named_and_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nbdkit", "qemu-nbd", "nbd-server"])
 def test_a_server_that_is_not_installed_is_left_out(tmp_path: Path, name: str) -> None:
-    path = tools(tmp_path, "gcc", "as", "ld", *{"nbdkit", "qemu-nbd", "nbd-server"} - {name})
+    path = path_with(tmp_path, "gcc", "as", "ld", *{"nbdkit", "qemu-nbd", "nbd-server"} - {name})
     numbers = tmp_path / "numbers.json"
     once = ["--repetitions", "1", "--seconds", "0.01", "--idle-seconds", "0", "--size", "16MiB"]
     only = "^memory/batched/randread-4k-32$"
@@ -327,16 +115,71 @@ def test_a_server_that_dies_on_the_way_is_left_out_from_there_on(tmp_path: Path)
     assert "nbd-reactor, 64 disks" in results["idle_cpu"]
 
 
-def test_fio_keeps_the_depth(serve: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    from loads import _fio  # noqa: PLC0415
-    from points import Point  # noqa: PLC0415
+# --- what it counts ---
 
-    slow = ["--filter=delay", "memory", "16M", "rdelay=20ms"]
-    path = serve("nbdkit", "-f", "-t", "64", "-U", "SOCKET", *slow)
-    target = ["--ioengine=nbd", f"--uri=nbd+unix:///?socket={path}", "--size=16M"]
-    job = _fio(min(os.sched_getaffinity(0)), target, Point(100, 4096, 32), 0.5)
-    assert job["iodepth_level"]["32"] > 80  # percent of the time
+
+def counts_of(path: Path) -> dict[str, dict[str, float]]:
+    counts = json.loads(path.read_text())["counts"]
+    return {name.removeprefix("counts/batched/"): found for name, found in counts.items()}
+
+
+def test_what_a_request_costs_is_counted_and_within_its_bounds(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    done = bench("--quick", "--only", "^counts/", "--json", str(numbers))
+    assert done.returncode == 0, done.stderr
+    counts = counts_of(numbers)
+    sizes = [("read", "4k"), ("write", "4k"), ("write", "128k"), ("write", "1m")]
+    assert counts.keys() == {f"rand{verb}-{size}-{d}" for verb, size in sizes for d in (1, 32)}
+    for name, found in counts.items():
+        # Three calls when nothing can be batched: wait, receive, send.
+        assert "syscalls" in found or os.geteuid(), name
+        assert name != "randread-4k-1" or found.get("syscalls", 3) == pytest.approx(3, abs=0.1)
+        assert found["allocations"] > 5, name
+        # What comes in a batch is copied once, from where it was received.
+        assert "4k" not in name or found["copies"] == pytest.approx(float("write" in name)), name
+    batched = counts["randwrite-4k-32"]
+    assert batched.get("syscalls", 0) < 0.25
+    assert batched["allocations"] < counts["randwrite-4k-1"]["allocations"] / 2
+
+
+def test_strace_counts_the_same_system_calls(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    path = path_with(tmp_path, "strace", "gcc", "as", "ld")
+    only = ["--only", "^counts/batched/randwrite-4k-(1|32)$"]
+    done = bench(*only, "--json", str(numbers), PATH=path)
+    assert done.returncode == 0, done.stderr
+    if "Operation not permitted" in done.stderr:
+        pytest.skip("strace is not allowed here")
+    counts = counts_of(numbers)
+    assert counts["randwrite-4k-1"]["syscalls"] == pytest.approx(3, abs=0.1)
+    assert counts["randwrite-4k-32"]["syscalls"] == pytest.approx(3 / 32, abs=0.05)
+
+
+def test_where_nothing_may_trace_the_rest_is_counted(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    only = ["--only", "^counts/batched/randwrite-4k-32$"]
+    done = bench(*only, "--json", str(numbers), PATH=path_with(tmp_path, "gcc", "as", "ld"))
+    assert done.returncode == 0
+    assert "system calls are not counted" in done.stderr
+    found = counts_of(numbers)["randwrite-4k-32"]
+    assert found.keys() == {"allocations", "large allocations", "copies"}
+
+
+def test_a_request_that_costs_too_much_fails_the_run() -> None:
+    tighten = "import goals\nfor bound in goals.BOUNDS.values(): bound['allocations'] = 2\n"
+    run = f"import runpy\nrunpy.run_path({str(BENCH)!r}, run_name='__main__')"
+    case = "counts/batched/randwrite-4k-32"
+    done = subprocess.run(
+        [sys.executable, "-c", tighten + run, "--only", f"^{case}$"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(BENCH)},
+    )
+    assert done.returncode == 1
+    assert f"{case}: allocations: " in done.stderr
+    assert "more than 2" in done.stderr
+    assert "copies: " not in done.stderr
 
 
 # --- the record ---
@@ -370,6 +213,7 @@ def test_what_json_wrote_is_told_again_alike(tmp_path: Path) -> None:
     [
         (["--from", "README.md"], "is not what --json wrote"),
         (["--from", "/nowhere/record.json"], "is not what --json wrote"),
+        (["--profile", "memory/fio/randread-4k-32"], "no case of our generator's"),
         (["--markdown", "CHANGELOG.md"], "needs the lines"),
         (["--markdown", "/nowhere/README.md"], "needs the lines"),
         (["--only", "("], "--only"),
@@ -398,86 +242,20 @@ def test_list_names_the_cases_of_a_quick_run() -> None:
     assert {name.split("/")[0] for name in quick} == kinds
 
 
-# --- the generator and the floor ---
+# --- a profile ---
 
 
-@pytest.mark.parametrize("options", [[], ["--apart"], ["--bytes=1048576"]], ids=str)
-def test_the_floor_keeps_what_is_written(
-    program: Callable[[str], Path], serve: Callable[..., Path], options: list[str]
-) -> None:
-    path = serve(str(program("floor")), "SOCKET", str(SIZE))
-    done = load(program("load"), path, "--verify", "--depth=8", "--reads=50", *options)
-    assert told(done)["requests"] > 0
+def test_a_profile_tells_of_kernel_and_interpreter() -> None:
+    done = bench("--profile", "memory/batched/randread-4k-32", "--size", "16MiB")
+    if done.returncode:
+        assert "perf" in done.stderr
+        pytest.skip(f"no profile here: {done.stderr.strip()}")
+    assert "us of CPU per request" in done.stdout
+    assert "_PyEval_EvalFrameDefault" in done.stdout
 
 
-def test_apart_makes_a_system_call_for_each_header_and_payload(
-    program: Callable[[str], Path], serve: Callable[..., Path]
-) -> None:
-    path = serve(str(program("floor")), "SOCKET", str(SIZE))
-    for reads, sends, receives in ((100, 1, 2), (0, 2, 1)):
-        measured = told(load(program("load"), path, "--apart", f"--reads={reads}"))
-        assert measured["sends"] == sends * measured["requests"]
-        assert measured["receives"] == receives * measured["requests"]
-
-
-def test_what_is_due_goes_out_in_one_system_call(
-    program: Callable[[str], Path], serve: Callable[..., Path]
-) -> None:
-    path = serve(str(program("floor")), "SOCKET", str(SIZE))
-    measured = told(load(program("load"), path, "--depth=32"))
-    assert measured["sends"] <= measured["receives"] + 1
-
-
-def test_verify_finds_a_disk_that_forgets(
-    program: Callable[[str], Path], serve: Callable[..., Path]
-) -> None:
-    path = serve("nbdkit", "-f", "-U", "SOCKET", "null", "16M")
-    done = load(program("load"), path, "--verify")
+def test_a_profile_needs_perf(tmp_path: Path) -> None:
+    path = path_with(tmp_path, "gcc", "as", "ld")
+    done = bench("--profile", "memory/batched/randread-4k-32", "--size", "16MiB", PATH=path)
     assert done.returncode == 1
-    assert "did not return what was written" in done.stderr
-
-
-def test_a_failed_request_ends_the_generator(
-    program: Callable[[str], Path], serve: Callable[..., Path]
-) -> None:
-    failing = ["--filter=error", "memory", "16M", "error=EIO", "error-rate=100%"]
-    path = serve("nbdkit", "-f", "-U", "SOCKET", *failing)
-    done = load(program("load"), path)
-    assert done.returncode == 1
-    assert "a request failed: Input/output error" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("magic", "cookie_change", "message"),
-    [
-        (0x67446698, 1, "cookie that is not in flight"),
-        (0x67446698, 1 << 16, "cookie that is not in flight"),
-        (0x67446699, 0, "wrong magic"),
-    ],
-)
-def test_a_reply_that_answers_nothing_is_noticed(
-    program: Callable[[str], Path], tmp_path: Path, magic: int, cookie_change: int, message: str
-) -> None:
-    path = tmp_path / "server.sock"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-
-        def answer_wrongly() -> None:
-            client, _ = listener.accept()
-            with client, client.makefile("rb") as received:
-                client.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
-                received.read(4 + 16 + len("bench"))
-                client.sendall(struct.pack(">QH", SIZE, 1))
-                cookie = struct.unpack(">IHHQQI", received.read(REQUEST_BYTES))[3]
-                # The generator's cookies are in its own byte order.
-                wrong = int.from_bytes(cookie.to_bytes(8, "big"), sys.byteorder) ^ cookie_change
-                header = struct.pack(">II", magic, 0) + wrong.to_bytes(8, sys.byteorder)
-                client.sendall(header + bytes(4096))
-
-        server = threading.Thread(target=answer_wrongly)
-        server.start()
-        done = load(program("load"), path)
-        server.join()
-    assert done.returncode == 1
-    assert message in done.stderr
+    assert "needs perf" in done.stderr

@@ -20,9 +20,10 @@ import plot
 import readme
 import record
 import tables
-from measuring import Plan, measure
-from points import CASES, Case
+from measuring import Plan, measure, profile
+from points import CASES, COUNTS, Case
 from results import Results
+from servers import BenchError
 
 from reactor import __version__
 from reactor.units import parse_size
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What was started is stopped either way.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     plan = _plan(options, cases)
+    if options.profile:
+        return _profile(plan, options.profile)
     results = Results(_about(plan))
     try:
         measure(plan, results)
@@ -71,6 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _tell(results, options)
     broken = goals.broken_bounds(results)
     return _fail("a request costs too much:\n" + "\n".join(broken), 1) if broken else 0
+
+
+def _profile(plan: Plan, case: Case) -> int:
+    try:
+        _show(profile(plan, case))
+    except (BenchError, OSError) as error:
+        return _fail(str(error), 1)
+    return 0
 
 
 def _tell(results: Results, options: argparse.Namespace) -> None:
@@ -131,6 +142,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--markdown", type=Path, metavar="FILE", help="put tables into FILE, where its marks are"
     )
     parser.add_argument(
+        "--profile", type=_case, metavar="CASE", help="only tell where our server's CPU time goes"
+    )
+    parser.add_argument(
         "--from",
         dest="earlier",
         type=_earlier,
@@ -153,6 +167,13 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def _case(name: str) -> Case:
+    for case in CASES:
+        if case.name == name and case.kind != COUNTS and case.load != "fio":
+            return case
+    raise argparse.ArgumentTypeError(f"{name!r} is no case of our generator's; see --list")
 
 
 def _earlier(name: str) -> Results:

@@ -18,6 +18,7 @@ from typing import Final, TypeAlias
 import counts
 import loads
 import processes
+import profiling
 import servers
 from loads import Measures
 from points import COUNTS, KINDS, Case
@@ -69,6 +70,22 @@ def measure(plan: Plan, results: Results) -> None:
                 bench.measure_kind(kind, of_kind)
         if plan.idle_seconds and bench.load and any(case.kind == "memory" for case in cases):
             bench.measure_idle_disks()
+
+
+def profile(plan: Plan, case: Case) -> str:
+    """Return where our server's CPU time goes at a case. Raises BenchError."""
+    with tempfile.TemporaryDirectory(prefix="nbd-bench-") as work:
+        bench = _Bench(plan, Results({}), Path(work))
+        bench.build()
+        if bench.load is None:
+            raise BenchError("a profile needs our generator, and that a C compiler")
+        command = servers.COMMANDS[case.kind][servers.OURS]
+        with (
+            bench.place(case.kind, servers.OURS) as place,
+            servers.running(servers.OURS, case.kind, command, place) as server,
+        ):
+            loads.verify(bench.load, plan.load_core, server)
+            return profiling.profile(bench.load, plan.load_core, server, case, Path(work))
 
 
 class _Bench:
