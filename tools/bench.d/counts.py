@@ -97,7 +97,7 @@ def memory(load: Path, server: Server, point: Point, counter: MemoryCounter) -> 
         for times in (1, 2)
     )
     # The difference, as what begins and ends a run is no request's.
-    each = {name: (twice[name] - once[name]) / requests_of(point) for name in COUNTERS}
+    each = {name: max(0, twice[name] - once[name]) / requests_of(point) for name in COUNTERS}
     each["copies"] = each.pop("copied bytes") / point.bytes
     return each
 
