@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         return _fail("--only leaves nothing", 2)
     # What was started is stopped either way.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     plan = _plan(options, cases)
     if options.profile:
         return _profile(plan, options.profile)
