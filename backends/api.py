@@ -177,6 +177,7 @@ class Disk(ABC):
 
     can_flush: ClassVar[bool] = True
     can_multi_conn: ClassVar[bool] = False  # a flush on one channel covers writes on all
+    can_share: ClassVar[bool] = False  # ... also on those of other processes, which see the same
     is_rotational: ClassVar[bool] = False
     # These three may differ between disks of one backend (a file system without holes).
     can_trim: bool = False
@@ -212,6 +213,13 @@ class Disk(ABC):
     def resize(self, size: int) -> None:
         """Change the size (bytes, a multiple of the block size) or raise OSError."""
         raise OSError(errno.EOPNOTSUPP, f"disk {self.name} cannot change its size")
+
+    def follow(self, size: int) -> None:
+        """Take over the size (bytes) that a shared disk gets by `resize` in another process.
+
+        Called after it when the disk grows, before it when it shrinks.
+        """
+        self.size = size
 
     def close(self) -> None:
         """Release what the disk holds. Every descriptor is closed."""
@@ -261,11 +269,13 @@ class Backend(ABC):
         reactor: Reactor,
         block_size: int | None,
         readonly: bool,
+        shared: bool,
     ) -> Disk:
-        """Open or make the disk; raises OSError with a clear text.
+        """Open or make the disk; raises OSError with a clear text, EBUSY when others use it.
 
         `instance` names this service on the host: what outlives a worker (shared memory) carries
-        it in its name, so that the next worker finds it and no other service does.
+        it in its name, so that the next worker finds it and no other service does. `shared`: other
+        workers of this service open the same disk; only for a disk that `can_share`.
         """
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import Final
 
 from backends.api import Backend, Channel, Disk, Event
 from backends.filechannel import FileChannel
+from backends.filelock import mark_of
 from backends.fileopen import SMALLEST_BLOCK, OpenFile, open_file
 from backends.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, can_discard, fallocate
 from reactor.loop import Reactor, Timer
@@ -23,6 +24,7 @@ class FileDisk(Disk):
     """An open file. When it is deleted, replaced, cut short or unplugged, the disk is removed."""
 
     can_multi_conn = True  # one fdatasync covers the writes of all
+    can_share = True  # ... also those of other processes, and they have one page cache
     can_fua = True
 
     def __init__(self, name: str, opened: OpenFile, reactor: Reactor, *, readonly: bool) -> None:
@@ -145,8 +147,10 @@ class FileBackend(Backend):
         reactor: Reactor,
         block_size: int | None,
         readonly: bool,
+        shared: bool,
     ) -> Disk:
-        opened = open_file(options, block_size=block_size, readonly=readonly)
+        sharers = mark_of(name, instance) if shared else None
+        opened = open_file(options, block_size=block_size, readonly=readonly, sharers=sharers)
         try:
             return FileDisk(name, opened, reactor, readonly=readonly)
         except BaseException:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 import stat
@@ -12,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from backends.filelock import READERS, hold_device, is_device_held, lock_file
 from backends.linux import NBD_MAJOR, direct_alignment, logical_block_size
-from reactor.log import logger
 
 # A new image is its owner's: what a disk holds is rarely everybody's business.
 IMAGE_MODE: Final = 0o600
 SMALLEST_BLOCK: Final = 512
-
-log = logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +31,17 @@ class OpenFile:
     direct: bool
 
 
-def open_file(options: Mapping[str, object], *, block_size: int | None, readonly: bool) -> OpenFile:
-    """Open, create or grow the file of a disk; raises OSError that names it and says why."""
+def open_file(
+    options: Mapping[str, object],
+    *,
+    block_size: int | None,
+    readonly: bool,
+    sharers: int | None = None,
+) -> OpenFile:
+    """Open, create or grow the file of a disk; raises OSError that names it and says why.
+
+    `sharers` is the mark (see `filelock`) of the workers that share the disk, if several do.
+    """
     path = str(options["path"])
     wanted = options.get("size")
     assert wanted is None or isinstance(wanted, int)
@@ -50,10 +56,10 @@ def open_file(options: Mapping[str, object], *, block_size: int | None, readonly
         _create(path, wanted)
         status = Path(path).stat()
     is_device = _require_storage(path, status)
-    fd = _open(path, is_device=is_device, readonly=readonly, direct=direct)
+    fd = _open(path, is_device=is_device, readonly=readonly, direct=direct, sharers=sharers)
     try:
         if not is_device:
-            _lock(fd, path, readonly=readonly)
+            lock_file(fd, path, READERS if readonly else sharers)
         smallest = _smallest_block(fd, path, is_device=is_device, direct=direct)
         block_size = block_size or smallest
         if block_size < smallest:
@@ -101,13 +107,13 @@ def _require_storage(path: str, status: os.stat_result) -> bool:
     return False
 
 
-def _open(path: str, *, is_device: bool, readonly: bool, direct: bool) -> int:
+def _open(path: str, *, is_device: bool, readonly: bool, direct: bool, sharers: int | None) -> int:
     flags = os.O_RDONLY if readonly else os.O_RDWR
     if direct:
         flags |= os.O_DIRECT
-    if is_device and not readonly:
-        flags |= os.O_EXCL  # refused while it is mounted, or claimed by another program
     try:
+        if is_device and not readonly:
+            return _open_alone(path, flags, sharers)
         return os.open(path, flags)
     except OSError as error:
         if error.errno == errno.EBUSY and is_device:
@@ -118,19 +124,26 @@ def _open(path: str, *, is_device: bool, readonly: bool, direct: bool) -> int:
         raise
 
 
+def _open_alone(path: str, flags: int, sharers: int | None) -> int:
+    """Open a device that is not mounted nor claimed by another program; else OSError EBUSY."""
+    try:
+        fd = os.open(path, flags | os.O_EXCL)
+    except OSError as error:
+        if error.errno != errno.EBUSY or sharers is None:
+            raise
+        # The kernel lets one open be exclusive: that of one worker stands for those of all.
+        fd = os.open(path, flags)
+        if is_device_held(fd, sharers):
+            return fd
+        os.close(fd)
+        raise
+    if sharers is not None:
+        hold_device(fd, sharers)
+    return fd
+
+
 def _no_direct(path: str) -> OSError:
     return _error(errno.EINVAL, path, "the file system has no O_DIRECT: leave out `direct`")
-
-
-def _lock(fd: int, path: str, *, readonly: bool) -> None:
-    """Keep other disks and services away from a file that is written; it ends with the fd."""
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        problem = "is in use by another disk or service"
-        raise _error(errno.EBUSY, path, problem) from None
-    except OSError as error:
-        log.warning("%s cannot be locked against other writers: %s", path, error.strerror)
 
 
 def _smallest_block(fd: int, path: str, *, is_device: bool, direct: bool) -> int:

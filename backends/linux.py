@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import sys
@@ -19,6 +20,7 @@ NBD_MAJOR: Final = 43  # include/uapi/linux/major.h
 _BLKSSZGET: Final = 0x1268  # include/uapi/linux/fs.h
 _BLKDISCARD: Final = 0x1277
 _RANGE: Final = Struct("=QQ")
+_LOCK: Final = Struct("@hhqqi4x")  # struct flock: type, whence, start, length, pid
 _AT_EMPTY_PATH: Final = 0x1000
 _STATX_DIOALIGN: Final = 0x2000  # Linux 6.1
 _STATX_SIZE: Final = 256
@@ -52,6 +54,33 @@ def direct_alignment(fd: int) -> int | None:
     mask = int.from_bytes(answer.raw[:4], sys.byteorder)
     field = answer.raw[_STX_DIO_OFFSET_ALIGN : _STX_DIO_OFFSET_ALIGN + 4]
     return int.from_bytes(field, sys.byteorder) if mask & _STATX_DIOALIGN else None
+
+
+def lock_range(fd: int, kind: int, start: int, length: int) -> bool:
+    """Lock a range of a file, F_RDLCK or F_WRLCK; False when another open of it forbids that.
+
+    The lock belongs to this open of the file (F_OFD_SETLK) and ends with it. Raises OSError.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _LOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def unlock_range(fd: int, start: int, length: int) -> None:
+    """Give up a lock of `lock_range`."""
+    lock_range(fd, fcntl.F_UNLCK, start, length)
+
+
+def is_range_locked(fd: int, start: int, length: int) -> bool:
+    """Return whether another open of the file has a lock in a range. Raises OSError."""
+    probe = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, probe)
+    kind: int = _LOCK.unpack(found)[0]
+    return kind != fcntl.F_UNLCK
 
 
 def logical_block_size(fd: int) -> int:

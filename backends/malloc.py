@@ -9,7 +9,7 @@ from typing import Final
 
 from backends import sharedmemory
 from backends.api import COMMAND, DONE, FLAGS, Backend, Buffer, Channel, Disk, Owner, Request
-from backends.sharedmemory import SharedMemory, shared_memory
+from backends.sharedmemory import SIZE_MAX, SharedMemory, shared_memory
 from reactor.loop import Reactor
 from reactor.protocol.wire import (
     NBD_CMD_FLAG_NO_HOLE,
@@ -21,7 +21,6 @@ from reactor.protocol.wire import (
 from reactor.spec import Key
 
 BLOCK_SIZE: Final = 512
-SIZE_MAX: Final = 1 << 46  # bytes; half of what a process can map on x86-64
 STEP: Final = 32 << 20  # bytes zeroed or trimmed in one turn: a few milliseconds
 
 
@@ -88,8 +87,9 @@ class MallocChannel(Channel):
 
 
 class MallocDisk(Disk):
-    """A memory disk. Memory needs no flush, and every channel sees the same."""
+    """A memory disk. Memory needs no flush, and every channel in every process sees the same."""
 
+    can_share = True
     can_multi_conn = True
     can_trim = True
     can_write_zeroes = True
@@ -107,6 +107,10 @@ class MallocDisk(Disk):
     def resize(self, size: int) -> None:
         _check_size(size, self.block_size)
         self.memory.resize(size)
+        self.size = size
+
+    def follow(self, size: int) -> None:
+        self.memory.map(size)
         self.size = size
 
     def close(self) -> None:
@@ -139,12 +143,14 @@ class MallocBackend(Backend):
         reactor: Reactor,
         block_size: int | None,
         readonly: bool,
+        shared: bool,
     ) -> Disk:
         size = options["size"]
         assert isinstance(size, int)
         block_size = block_size or BLOCK_SIZE
         _check_size(size, block_size)
-        memory = SharedMemory(shared_memory(name, instance), f"{instance}\0{name}".encode(), size)
+        identity = f"{instance}\0{name}".encode()
+        memory = SharedMemory(shared_memory(name, instance), identity, size, shared=shared)
         return MallocDisk(name, size, block_size, readonly=readonly, memory=memory)
 
     @classmethod

@@ -26,6 +26,7 @@ class NullChannel(Channel):
 class NullDisk(Disk):
     """A disk without storage."""
 
+    can_share = True
     can_multi_conn = True
     can_trim = True
     can_write_zeroes = True
@@ -56,6 +57,7 @@ class NullBackend(Backend):
         reactor: Reactor,
         block_size: int | None,
         readonly: bool,
+        shared: bool,
     ) -> Disk:
         size = options.get("size", DEFAULT_SIZE)
         assert isinstance(size, int)

@@ -20,6 +20,7 @@ _NOT_BACKENDS = {
     "emulation",
     "engine",
     "filechannel",
+    "filelock",
     "fileopen",
     "linux",
     "registry",
@@ -58,6 +59,14 @@ def backend(name: str) -> type[Backend]:
         raise ReactorError(f"backend {name} cannot be loaded: {error}") from error
     found: type[Backend] = module.BACKEND
     return found
+
+
+def can_share(name: str) -> bool:
+    """Return whether several workers may serve a disk of this backend at once."""
+    try:
+        return backend(name).disk.can_share
+    except ReactorError:  # the disk will say so when it is opened
+        return False
 
 
 class _Schemas(Mapping[str, BackendSchema]):

@@ -1,8 +1,10 @@
-"""Named shared memory that is a disk: the next worker finds its data there.
+"""Named shared memory that is a disk: the next worker finds its data there, several may share it.
 
-The file is `/dev/shm/nbd-reactor-INSTANCE-NAME`: a header page, then the disk. Touching a page of
-the mapping that has no memory yet kills the process (SIGBUS) when /dev/shm is full. So chunks that
-may have such holes are known: they are read with `pread`, and backed before they are written.
+The file is `/dev/shm/nbd-reactor-INSTANCE-NAME`: a header page, a map, then the disk. Touching a
+page of the mapping that has no memory yet kills the process (SIGBUS) when /dev/shm is full. So the
+map, a byte per chunk, tells in which chunks every page has memory; the others are read with
+`pread`, and backed before they are written. Whatever dies where, a byte of the map may say less
+than the truth, and never more.
 """
 
 from __future__ import annotations
@@ -20,14 +22,18 @@ from typing import Final
 from urllib.parse import quote, unquote
 
 from backends.api import CHUNK_SHIFT
+from backends.linux import lock_range, unlock_range
 from reactor.log import logger
 
 DIRECTORY: Final = Path("/dev/shm")
 PAGE: Final = mmap.PAGESIZE
-CHUNK: Final = 1 << CHUNK_SHIFT  # bytes; what is backed, or known to have holes, as a whole
+SIZE_MAX: Final = 1 << 46  # bytes; half of what a process can map on x86-64
+CHUNK: Final = 1 << CHUNK_SHIFT  # bytes; what is backed, or may have holes, as a whole
+MAP: Final = PAGE  # where the map begins in the file: a byte for each chunk that there could be
+DATA: Final = 1 << 27  # ... and the disk, behind the largest map
 HEADER: Final = Struct("<8sIQ32s")  # magic, version, size of the disk, digest of whose it is
 MAGIC: Final = b"nbdshmem"
-VERSION: Final = 1
+VERSION: Final = 2
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python does not name it
 
 log = logger(__name__)
@@ -47,11 +53,16 @@ def names(instance: str) -> list[str]:
 class SharedMemory:
     """The memory of one disk, made or found. Raises OSError with a clear text.
 
-    `backed` has a byte per chunk: 1 when every page of the chunk is known to have memory.
+    `backed` has a byte per chunk: 1 when every page of the chunk has memory. It and `data` are new
+    ones after a resize. `shared`: other processes use the memory at the same time.
     """
 
-    def __init__(self, path: Path, identity: bytes, size: int) -> None:
+    data: memoryview
+    backed: memoryview
+
+    def __init__(self, path: Path, identity: bytes, size: int, *, shared: bool) -> None:
         self._path = path
+        self._shared = shared
         self._digest = hashlib.sha256(identity).digest()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         made = False
@@ -62,9 +73,7 @@ class SharedMemory:
             if found is None:
                 self._make(size)
                 found = size
-            self._map(found)
-            self.backed = bytearray(b"\1") * _chunks(found)
-            self._find_holes()
+            self.map(found)
             if found != size:
                 # Its worker died in a resize, or its config changed while nobody served it.
                 log.warning("%s is resized from %d to %d bytes", path, found, size)
@@ -79,52 +88,73 @@ class SharedMemory:
 
     def close(self) -> None:
         """Let go; the memory itself stays. Views that were given out keep their mapping alive."""
-        self.data = memoryview(b"")
+        self.data = self.backed = memoryview(b"")
         del self._mapping
         os.close(self._fd)
 
     def read(self, offset: int, length: int) -> bytes:
         """Read where holes may be; a mapped read would fill them with memory."""
-        return os.pread(self._fd, length, PAGE + offset)
+        return os.pread(self._fd, length, DATA + offset)
 
     def is_backed(self, begin: int, end: int) -> bool:
         """Return whether `begin..end` has no holes."""
-        return self.backed.find(0, begin >> CHUNK_SHIFT, _chunks(end)) < 0
+        return self._mapping.find(b"\0", MAP + (begin >> CHUNK_SHIFT), MAP + _chunks(end)) < 0
 
     def back(self, begin: int, end: int) -> None:
         """Give memory to every chunk in `begin..end`; raises OSError ENOSPC when there is none."""
         if self.is_backed(begin, end):
             return
         first, last = begin >> CHUNK_SHIFT, _chunks(end)
-        start = PAGE + first * CHUNK
-        length = PAGE + min(last * CHUNK, len(self.data)) - start
-        os.posix_fallocate(self._fd, start, length)
+        start, length = DATA + first * CHUNK, (last - first) * CHUNK
+        # With another worker trimming in there, the chunks get memory but may get holes again at
+        # once: then they are not marked.
+        alone = self._lock(fcntl.F_WRLCK, first, last)
+        try:
+            os.posix_fallocate(self._fd, start, length)
+            if alone:
+                self._mapping[MAP + first : MAP + last] = b"\1" * (last - first)
+        finally:
+            if alone:
+                self._unlock(first, last)
         # One call instead of a fault per page; without it (an older kernel) the faults come.
         with suppress(OSError):
             self._mapping.madvise(MADV_POPULATE_WRITE, start, length)
-        self.backed[first:last] = b"\1" * (last - first)
 
-    def trim(self, begin: int, end: int) -> None:
-        """Give back the memory of the whole pages in `begin..end`; they read as zeroes."""
+    def trim(self, begin: int, end: int) -> bool:
+        """Give back the memory of the whole pages in `begin..end`; they read as zeroes.
+
+        Nothing happens, and False is returned, while another worker gives memory to their chunks.
+        """
         begin, end = -(-begin // PAGE) * PAGE, end // PAGE * PAGE
         if begin >= end:
-            return
-        first, last = begin >> CHUNK_SHIFT, min(_chunks(end), len(self.backed))
-        if first < last:
-            self.backed[first:last] = bytes(last - first)
-        self._mapping.madvise(mmap.MADV_REMOVE, PAGE + begin, end - begin)
+            return True
+        first, last = begin >> CHUNK_SHIFT, _chunks(end)
+        if not self._lock(fcntl.F_RDLCK, first, last):
+            return False
+        try:
+            # A worker that has looked at the map just before may write to a page that goes now,
+            # only if its client has a write and a trim of one page in flight together; it takes
+            # memory for the page, or is killed if there is none, which loses nothing: the next
+            # worker finds the map right, and the kernel sends the write again.
+            self._mapping[MAP + first : MAP + last] = bytes(last - first)
+            self._mapping.madvise(mmap.MADV_REMOVE, DATA + begin, end - begin)
+        finally:
+            self._unlock(first, last)
+        return True
 
     def zero(self, begin: int, end: int) -> None:
         """Make `begin..end` zeroes, giving back the memory of whole pages."""
         first_page, last_page = -(-begin // PAGE) * PAGE, end // PAGE * PAGE
         if first_page > last_page:  # within one page
-            os.pwrite(self._fd, bytes(end - begin), PAGE + begin)
+            self._write_zeroes(begin, end)
             return
-        self.trim(begin, end)
-        if begin < first_page:
-            os.pwrite(self._fd, bytes(first_page - begin), PAGE + begin)
-        if last_page < end:
-            os.pwrite(self._fd, bytes(end - last_page), PAGE + last_page)
+        if not self.trim(first_page, last_page):
+            for start in range(first_page & -CHUNK, last_page, CHUNK):
+                part = max(start, first_page), min(start + CHUNK, last_page)
+                if not self.trim(*part):
+                    self._write_zeroes(*part)
+        self._write_zeroes(begin, first_page)
+        self._write_zeroes(last_page, end)
 
     def fill(self, begin: int, end: int) -> None:
         """Write zeroes to `begin..end`, keeping or taking the memory for them."""
@@ -137,30 +167,52 @@ class SharedMemory:
         The file never shrinks: views of its end may still be on their way to a client, and
         touching what a truncation took away is a SIGBUS.
         """
-        old = len(self.data)
-        room = os.fstat(self._fd).st_size - PAGE
-        if size < old:
+        found = self._size_found() or 0
+        self.map(found)  # all of the file
+        room = len(self._mapping) - DATA
+        if size < found:
             self._write_header(size)
             self.trim(size, room)
-        else:
-            self.zero(old, room)  # what an earlier shrinking left there
-            if size > room:
-                os.ftruncate(self._fd, PAGE + size)
-        self._map(size)
-        if size > old:
+        elif size > found:
+            self.zero(found, room)  # what an earlier shrinking left there
+            self._extend(size)
+        self.map(size)
+        if size > found:
             self._write_header(size)
-        kept = min(size, old) >> CHUNK_SHIFT
-        self.backed[kept:] = bytes(_chunks(size) - kept)
+
+    def map(self, size: int) -> None:
+        """Show `size` bytes, which the disk has."""
+        # The old mapping, if any, lives as long as a view of it.
+        self._mapping = mmap.mmap(self._fd, os.fstat(self._fd).st_size)
+        whole = memoryview(self._mapping)
+        self.data = whole[DATA : DATA + size]
+        self.backed = whole[MAP : MAP + _chunks(size)]
 
     def _claim(self) -> None:
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise OSError(errno.EPERM, f"{self._path} is not ours: it exists and is another user's")
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(
+                self._fd, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+            )
         except BlockingIOError:
             message = f"{self._path} is in use by another process"
             raise OSError(errno.EBUSY, message) from None
+
+    def _lock(self, kind: int, first: int, last: int) -> bool:
+        """Keep the chunks from being given memory (F_RDLCK), or from anything else (F_WRLCK)."""
+        return not self._shared or lock_range(
+            self._fd, kind, DATA + first * CHUNK, (last - first) * CHUNK
+        )
+
+    def _unlock(self, first: int, last: int) -> None:
+        if self._shared:
+            unlock_range(self._fd, DATA + first * CHUNK, (last - first) * CHUNK)
+
+    def _write_zeroes(self, begin: int, end: int) -> None:
+        if begin < end:
+            os.pwrite(self._fd, bytes(end - begin), DATA + begin)
 
     def _size_found(self) -> int | None:
         """Return the size of the disk that the file holds, None when it holds none yet.
@@ -180,7 +232,7 @@ class SharedMemory:
                 problem = f"is of version {version}, not {VERSION}"
             elif digest != self._digest:
                 problem = "belongs to another disk"
-            elif os.fstat(self._fd).st_size < PAGE + found:
+            elif os.fstat(self._fd).st_size < DATA + found:
                 problem = "is cut short"
         if problem:
             message = f"{self._path} {problem}; remove it if its data may go"
@@ -191,31 +243,17 @@ class SharedMemory:
         status = os.statvfs(self._fd)
         if size > status.f_bavail * status.f_frsize:
             log.warning("%s: the disk is larger than the free memory there", self._path)
-        os.ftruncate(self._fd, PAGE + size)
+        self._extend(size)
         self._write_header(size)
+
+    def _extend(self, size: int) -> None:
+        """Make room for a disk of `size` bytes, in whole chunks, and give its map memory."""
+        room = max(os.fstat(self._fd).st_size, DATA + _chunks(size) * CHUNK)
+        os.ftruncate(self._fd, room)
+        os.posix_fallocate(self._fd, MAP, _chunks(size))
 
     def _write_header(self, size: int) -> None:
         os.pwrite(self._fd, HEADER.pack(MAGIC, VERSION, size, self._digest), 0)
-
-    def _map(self, size: int) -> None:
-        # The old mapping, if any, lives as long as a view of it.
-        self._mapping = mmap.mmap(self._fd, os.fstat(self._fd).st_size)
-        self.data = memoryview(self._mapping)[PAGE : PAGE + size]
-
-    def _find_holes(self) -> None:
-        position, end = PAGE, PAGE + len(self.data)
-        while (hole := os.lseek(self._fd, position, os.SEEK_HOLE)) < end:
-            try:
-                data = min(os.lseek(self._fd, hole, os.SEEK_DATA), end)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                data = end  # no more data
-            first, last = (hole - PAGE) >> CHUNK_SHIFT, _chunks(data - PAGE)
-            self.backed[first:last] = bytes(last - first)
-            position = PAGE + last * CHUNK  # one hole says all about its chunk
-            if position >= end:
-                break
 
 
 def _chunks(end: int) -> int:

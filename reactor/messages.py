@@ -22,11 +22,13 @@ _DISK = {"id": int, "disk": str}
 #: What the controller says.
 COMMANDS: Final[dict[str, dict[str, type]]] = {
     "welcome": {},  # the hello was taken
-    "start": {"id": int, "spec": dict},  # open the disk, serve its listeners
+    # Open the disk and serve its listeners; `shared`: other workers open it too, and clients are
+    # spread over those of the cores `members`.
+    "start": {"id": int, "spec": dict, "shared": bool, "members": list},
     "stop": {**_DISK, "seconds": float},  # drain for at most so long, then release everything
     "release": {**_DISK, "seconds": float},  # drain, then close the kernel's connections
     "remove": {**_DISK},  # hot remove: from now on refuse its I/O
-    "resize": {**_DISK, "size": int},
+    "resize": {**_DISK, "size": int, "follow": bool},  # follow: another worker does the change
     "shutdown": {"id": int},  # every disk is stopped; exit
 }
 
@@ -51,6 +53,9 @@ EVENTS: Final[dict[str, dict[str, type]]] = {
 HANDOVERS: Final[dict[str, dict[str, type]]] = {
     "connection": {"disk": str, "generation": int},  # one socket whose other end the kernel has
     "listener": {"name": str},  # a listening socket that systemd made
+    # From another worker: a client behind its handshake with what it sent since, and a socket to
+    # be closed with the client's.
+    "client": {"disk": str, "trailing": bytes},
 }
 
 

@@ -92,6 +92,12 @@ class DiskSpec:
         """Return the same disk on another device."""
         return replace(self, device=device)
 
+    def with_size(self, size: int) -> DiskSpec:
+        """Return the same disk with another size, if it names one."""
+        if "size" not in self.options:
+            return self
+        return replace(self, options={**self.options, "size": size})
+
     def same_storage(self, other: DiskSpec) -> bool:
         """Whether both mean the same data, whatever size it should have."""
         mine, theirs = ({**spec.options, "size": 0} for spec in (self, other))

@@ -60,7 +60,7 @@ def show_disk(disk: dict[str, Any]) -> str:
         "readonly": "yes" if disk["readonly"] else "no",
         "device": disk["device"] or NOTHING,
         "addresses": " ".join(disk["listen"]) or NOTHING,
-        "worker": f"core {_number(disk['core'])}, pid {_number(disk['pid'])}",
+        "worker": f"core {_cores(disk)}, pid {_number(disk['pid'])}",
     }
     live |= {name.replace("_", " "): str(n) for name, n in sorted(disk["statistics"].items())}
     width = max(len(name) for name in live) + 2
@@ -112,7 +112,7 @@ def _disk_row(disk: dict[str, Any]) -> list[str]:
         disk["state"],
         _size(disk["size"]),
         disk["backend"],
-        _number(disk["core"]),
+        _cores(disk),
         _number(disk["pid"]),
         disk["device"] or NOTHING,
         " ".join(disk["listen"]) or NOTHING,
@@ -128,6 +128,11 @@ def _disk_row(disk: dict[str, Any]) -> list[str]:
 
 def _size(size: int) -> str:
     return format_size(size) if size else NOTHING  # not known before the disk was opened
+
+
+def _cores(disk: dict[str, Any]) -> str:
+    """Return the cores that serve a disk, first its owner's, whose pid is shown."""
+    return ",".join(str(core) for core in disk["cores"]) or NOTHING
 
 
 def _number(number: int | None) -> str:

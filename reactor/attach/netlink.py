@@ -35,6 +35,11 @@ NBD_SOCK_FD: Final = 1
 # 30 s would be the length of the stall after a worker's death. With one connection and timeout 0
 # the question never fails a request, however slow (nbd_xmit_timeout).
 IO_TIMEOUT_MS: Final = 1000
+# With several connections a request that is not answered in time ends its connection, whatever the
+# timeout, and is sent again on another one. So this is how long I/O in flight stalls when a worker
+# dies, and it must be more than a healthy disk ever takes: the kernel may send a request again
+# while the first is still under way.
+SEVERAL_TIMEOUT: Final = 10  # seconds
 
 log = logger(__name__)
 
@@ -62,10 +67,11 @@ def connect(index: int | None, attachment: Attachment) -> NetlinkDevice:
 
 
 def _connect(family: Family, index: int | None, attachment: Attachment) -> int:
+    timeout = attachment.timeout or (SEVERAL_TIMEOUT if len(attachment.kernel_ends) > 1 else 0)
     message = [
         _number(NBD_ATTR_SIZE_BYTES, attachment.size),
         _number(NBD_ATTR_BLOCK_SIZE_BYTES, attachment.block_size),
-        _number(NBD_ATTR_TIMEOUT, attachment.timeout or 0),
+        _number(NBD_ATTR_TIMEOUT, timeout),
         _number(NBD_ATTR_SERVER_FLAGS, attachment.kernel_flags),
         _number(NBD_ATTR_DEAD_CONN_TIMEOUT, attachment.dead_timeout),
         _tag(attachment.tag),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ from reactor.control.disk import DiskControl, Host
 from reactor.control.exporter import Exporter
 from reactor.control.methods import methods
 from reactor.control.notify import handed_sockets, notify
-from reactor.control.plan import place, place_all
+from reactor.control.plan import Machine, Placement, place, place_all
 from reactor.control.rpc import RpcServer
 from reactor.control.runtime import RuntimeDir
 from reactor.control.service import DiskStatus, Done, WorkerStatus
@@ -80,6 +81,7 @@ class Controller:
         self.exit_status = 0
         self.reactor = Reactor("interrupt")
         self._options = options
+        self._machine = Machine(options.cores, os.cpu_count() or 1, registry.can_share)
         self._runtime = runtime
         self._disks: dict[str, DiskControl] = {}
         self._configured: dict[str, DiskSpec] = {}  # as the config gave them
@@ -111,11 +113,11 @@ class Controller:
         self.reactor.add_signal(signal.SIGHUP, lambda: self.reload(_log_reload))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
-            cores = place_all(specs, self._options.cores)
+            places = place_all(specs, self._machine)
         except OSError as error:
             raise UsageError(reason(error)) from error
         for spec in specs:
-            self._add(spec, cores[spec.name])
+            self._add(spec, places[spec.name])
             self._configured[spec.name] = spec
         leftovers.detach_unclaimed(self.reactor, self._host.tag(""), self._is_on_device)
         leftovers.report(self._runtime.instance, self._disks)
@@ -148,7 +150,7 @@ class Controller:
         """Return every worker, by core."""
         return [
             worker.status(
-                tuple(disk.spec.name for disk in self._disks.values() if disk.worker is worker)
+                tuple(disk.spec.name for disk in self._disks.values() if disk.share(worker))
             )
             for worker in self._workers.values()
         ]
@@ -157,12 +159,10 @@ class Controller:
         """Make a new disk and bring it up."""
         try:
             self._check_new(spec)
-            placed = [(disk.spec, disk.worker.core) for disk in self._disks.values()]
-            core = place(spec, placed, self._options.cores)
+            disk = self._add(spec, place(spec, self._placed(), self._machine))
         except OSError as error:
             done(error)
             return
-        disk = self._add(spec, core)
 
         def created(error: Exception | None) -> None:
             if error is not None:  # a disk that never was is not kept as failed
@@ -178,7 +178,8 @@ class Controller:
         if disk is not None and self._stopping:
             done(OSError(errno.ESHUTDOWN, "the service is stopping"))
         elif disk is not None:
-            disk.worker.revive()
+            for core in disk.placement.cores:
+                self._workers[core].revive()
             disk.want("online", done)
 
     def stop(self, name: str, done: Done) -> None:
@@ -228,7 +229,7 @@ class Controller:
         try:
             specs = _read_config(self._options)
             wanted = {spec.name: spec for spec in specs}
-            cores = place_all(specs, self._options.cores)
+            places = place_all(specs, self._machine)
         except (ReactorError, OSError) as error:
             done(error)
             return
@@ -239,7 +240,7 @@ class Controller:
         for name, spec in wanted.items():
             disk = self._disks.get(name)
             if disk is None:
-                self._add(spec, cores[name]).step()
+                self._add(spec, places[name]).step()
             elif spec != before.get(name) or disk.desired == "gone":
                 self._change(disk, spec)
             elif disk.state == "failed":  # one whose storage was removed waits for `start`
@@ -283,23 +284,25 @@ class Controller:
             worker.heard(kind, _counters(message["reactor"]))
             for name, counters in message["disks"].items():
                 disk = self._disks.get(name)
-                if disk is not None and disk.worker is worker and isinstance(counters, dict):
-                    disk.statistics = _counters(counters)
+                share = disk.share(worker) if disk is not None else None
+                if share is not None and isinstance(counters, dict):
+                    share.statistics = _counters(counters)
             return
         worker.heard(kind)
         disk = self._disks.get(message.get("disk", ""))
-        if disk is not None and disk.worker is worker:
-            disk.heard(message)
+        share = disk.share(worker) if disk is not None else None
+        if disk is not None and share is not None:
+            disk.heard(share, message)
 
     def _on_worker(self, worker: WorkerProcess) -> None:
         if worker.state == "running":
             self._hand_listeners(worker)
         for disk in list(self._disks.values()):
-            if disk.worker is worker:
-                if worker.state == "running":
-                    disk.step()
-                else:
-                    disk.worker_lost()
+            share = disk.share(worker)
+            if share is not None and worker.state == "running":
+                disk.step()
+            elif share is not None:
+                disk.worker_lost(share)
         self._on_settled(None)
 
     def _on_settled(self, disk: DiskControl | None) -> None:
@@ -322,14 +325,13 @@ class Controller:
         spec = self._successors.pop(disk.spec.name, None)
         if spec is None:
             return
-        placed = [(other.spec, other.worker.core) for other in self._disks.values()]
         try:
-            core = place(spec, placed, self._options.cores)
+            placement = place(spec, self._placed(), self._machine)
         except OSError as error:
             log.error("%s", reason(error))
             disk.discard()
         else:
-            self._add(spec, core).step()
+            self._add(spec, placement).step()
 
     def _may_attach(self, disk: DiskControl) -> bool:
         """Whether no other disk's device must come or go first."""
@@ -402,8 +404,11 @@ class Controller:
 
     # --- the parts ---
 
-    def _add(self, spec: DiskSpec, core: int) -> DiskControl:
-        disk = DiskControl(self._host, spec, self._workers[core])
+    def _placed(self) -> list[tuple[DiskSpec, Placement]]:
+        return [(disk.spec, disk.placement) for disk in self._disks.values()]
+
+    def _add(self, spec: DiskSpec, placement: Placement) -> DiskControl:
+        disk = DiskControl(self._host, spec, placement, self._workers)
         self._disks[spec.name] = disk
         left = adopt(self._host.tag(spec.name)) if spec.device is not None else None
         if left is not None:

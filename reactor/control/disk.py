@@ -1,39 +1,33 @@
 """One disk as the controller runs it: what is, what should be, and the next step between them.
 
 `step` is level-triggered: called after every event and every second, it looks at the state and
-does one thing, or nothing while the answer to the last one is awaited. Rising: open on the worker,
+does one thing, or nothing while the answer to the last one is awaited. Rising: open on each worker,
 attach the kernel device (or give it a new socket), probe it. Falling, in the one order: stop
-intake (the device), drain, release on the worker, discard what is left.
+intake (the device), drain, release on the workers, discard what is left.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from backends import registry
 from reactor.attach.device import Device
 from reactor.control.errand import Errand
-from reactor.control.link import (
-    ANSWER_SECONDS,
-    ATTACH_SECONDS,
-    DRAIN_SECONDS,
-    DeviceLink,
-    Geometry,
-)
+from reactor.control.link import DeviceLink
+from reactor.control.plan import Placement
 from reactor.control.service import DiskState, DiskStatus, Done
+from reactor.control.shares import Share, Shares
 from reactor.control.workers import WorkerProcess
-from reactor.errors import DeviceError, ReactorError, reason
+from reactor.errors import ReactorError, reason
 from reactor.log import logger
 from reactor.loop import Reactor
 from reactor.messages import Message
 from reactor.spec import DiskSpec
 
-OPEN_SECONDS: Final = 60.0
 RESIZE_RETRY_SECONDS: Final = 0.2
-REMOVE_SECONDS: Final = 15.0
 
 Desired: TypeAlias = Literal["online", "stopped", "gone"]
 
@@ -58,23 +52,28 @@ class Host:
 class DiskControl:
     """A disk and what is done to make it what it should be."""
 
-    def __init__(self, host: Host, spec: DiskSpec, worker: WorkerProcess) -> None:
+    def __init__(
+        self,
+        host: Host,
+        spec: DiskSpec,
+        placement: Placement,
+        workers: Mapping[int, WorkerProcess],  # by core
+    ) -> None:
         self.spec = spec
-        self.worker = worker
+        self.placement = placement
         self.desired: Desired = "online"
         self.keep_device = False  # stop the disk, but let the kernel hold its device
         self.forced = False  # stop without writing back
         self.failure: Exception | None = None
         self.settled = False
-        self.statistics: dict[str, int] = {}
-        self.geometry = Geometry()
         self._host = host
-        self._opened = False  # the worker has the disk open
         self._hot = False  # removed, not stopped: what is written back would fail anyway
-        self._refusing = False  # the worker refuses I/O
         self._again_online = False  # wanted online while it was still being removed
-        self._errand = Errand(host.reactor, worker, self.step)
-        self._link = DeviceLink(host.reactor, self._errand, worker, self._on_link_failed)
+        self._errand = Errand(host.reactor, self.step)
+        shares = {core: Share(workers[core]) for core in placement.cores}
+        homes = [shares[core] for core in placement.connections]
+        self._shares = Shares(self._errand, spec.name, list(shares.values()), self._on_failed)
+        self._link = DeviceLink(host.reactor, self._errand, homes, self._on_link_failed)
         self._configured = spec
         self._waiting: list[Done] = []
         self._attaching: Callable[[str | Exception], None] | None = None
@@ -84,7 +83,7 @@ class DiskControl:
 
     def want(self, desired: Desired, done: Done | None = None, *, hot: bool = False) -> None:
         """Change what the disk should be; `done` comes when it is, or has failed."""
-        if desired == "online" and self._refusing:
+        if desired == "online" and self._shares.refusing:
             self._again_online = True  # first it must be let go
             self._again(done)
             return
@@ -92,6 +91,7 @@ class DiskControl:
             self.failure = None
             self._link.forgive()
             self._hot = False
+            self._shares.forgive()
         self._again_online = False
         if self.desired != "gone":
             self.desired = desired
@@ -107,12 +107,12 @@ class DiskControl:
             self.want("online")
             return True
         old = replace(self.spec, device=spec.device)
-        if size and self.online and old == _with_size(spec, self.spec.options.get("size")):
+        if size and self.online and old == spec.with_size(self.spec.options.get("size", size)):
             self.spec = old
-            if size < self.geometry.size:
+            if size < self._shares.geometry.size:
                 log.warning(
                     "disk %s keeps its %d bytes: a reload does not cut a disk, `resize` does",
-                    *(self.spec.name, self.geometry.size),
+                    *(self.spec.name, self._shares.geometry.size),
                 )
                 self.want("online")
             else:
@@ -182,7 +182,7 @@ class DiskControl:
     def state(self) -> DiskState:
         """The word for what the disk is now."""
         if self._rising():
-            up = self._opened and (self.spec.device is None or self._link.probed)
+            up = not self._shares.closed and (self.spec.device is None or self._link.probed)
             return "online" if up and self._link.serving else "starting"
         if not self.settled:
             return "stopping"
@@ -192,43 +192,50 @@ class DiskControl:
 
     def status(self) -> DiskStatus:
         """Return what front ends show."""
+        cores, geometry = self._shares.cores, self._shares.geometry
         return DiskStatus(
             spec=self.spec,
             state=self.state,
-            reason=reason(self.failure) if self.failure is not None else "",
-            core=self.worker.core,
-            size=self.geometry.size,
-            block_size=self.geometry.block_size,
-            flags=self.geometry.flags,
+            reason=self._reason(),
+            core=cores[0],
+            cores=cores,
+            size=geometry.size,
+            block_size=geometry.block_size,
+            flags=geometry.flags,
             device=self.path,
-            statistics=dict(self.statistics),
+            statistics=self._shares.statistics(),
         )
+
+    def _reason(self) -> str:
+        if self.failure is not None:
+            return reason(self.failure)
+        closed = ", ".join(str(share.worker.core) for share in self._shares.closed)
+        if self._rising() and closed and self._shares.opened:
+            return f"served without core {closed}"
+        return ""
 
     # --- what happens ---
 
-    def heard(self, message: Message) -> None:
-        """Take an answer or event of the worker."""
+    def share(self, worker: WorkerProcess) -> Share | None:
+        """Return what `worker` has of the disk, None when it is none of the disk's workers."""
+        return self._shares.of(worker)
+
+    def heard(self, share: Share, message: Message) -> None:
+        """Take an answer or event of a worker."""
         kind = message["type"]
         if kind == "removed":
-            self._on_removed(message["reason"])
+            self._on_removed(share, message["reason"])
         elif kind == "disconnected":
             self._link.connection_lost(message["generation"])
         else:
-            self._on_command_failed(self._errand.answered(message), message)
+            self._shares.answered(share, message)
         self.step()
 
-    def _on_command_failed(self, command: str | None, message: Message) -> None:
-        if command in ("stop", "release"):
-            # Whatever it still does to the disk must end before the disk can be let go.
-            self.worker.kill(f"it cannot {command} disk {self.spec.name}: {message['reason']}")
-        elif command is not None:
-            self._on_failed(OSError(message["errno"], message["reason"]))
-
-    def worker_lost(self) -> None:
-        """Note that the worker is gone, with its channel and its ends of the sockets."""
-        self._opened = self._refusing = False
-        self._link.worker_lost(self.spec)
-        self._errand.worker_lost()
+    def worker_lost(self, share: Share) -> None:
+        """Note that a worker is gone, with its channel and its ends of the sockets."""
+        share.close()
+        self._link.worker_lost(share)
+        self._errand.worker_lost(share.worker)
         self.step()
 
     def adopt(self, device: Device) -> None:
@@ -239,8 +246,8 @@ class DiskControl:
     def step(self) -> None:
         """Do the next thing, if nothing is awaited."""
         if self._errand.busy():
-            if not self._rising() and self._errand.needs_worker() and self.worker.is_silent:
-                self.worker.kill(f"disk {self.spec.name} must stop and it does not answer")
+            if not self._rising():
+                self._shares.kill_silent()
             return
         if self._rising():
             self._rise()
@@ -255,44 +262,32 @@ class DiskControl:
         return self.desired == "online" and self.failure is None
 
     def _rise(self) -> None:
-        wanted, link = self.spec.device, self._link
+        link, shares = self._link, self._shares
         device = link.device
-        if device is not None and wanted in ("auto", device.path):
+        astray = device is not None and self.spec.device not in ("auto", device.path)
+        if not astray:
             link.stay()
-        if not self._opened:
-            self._open()
-        elif device is None and wanted is not None:
-            if self._host.may_attach(self):
-                link.attach(self.spec, self._host.tag(self.spec.name), self.geometry)
-        elif device is not None and wanted not in ("auto", device.path):
+        shares.give_up_failed()
+        shares.open_next(self.spec)
+        if self._errand.busy() or self.failure is not None:
+            return
+        if device is None:
+            if self.spec.device and not shares.closed and self._host.may_attach(self):
+                link.attach(self.spec, self._host.tag(self.spec.name), shares.geometry)
+        elif astray:
             self._let_go(device)
-        elif device is not None and not link.linked:
-            link.reconnect(device)
-        elif device is not None and not link.fitted:
-            link.fit(device, self.geometry)
-        elif device is not None and not link.probed:
-            link.probe(device)
-        elif self._resize is not None:
+            return
+        else:
+            link.mend(device, shares.geometry)
+        if self._errand.busy() or self.state != "online":
+            return
+        if self._resize is not None:
             self._resize_step(*self._resize)
         else:
             self._settle()
 
-    def _open(self) -> None:
-        if self.worker.state == "failed":
-            self._on_failed(ReactorError(f"the worker of core {self.worker.core} keeps dying"))
-        elif self.worker.state == "running":
-            self._ask("start", "started", OPEN_SECONDS, self._on_started, spec=self._spec_message())
-
-    def _spec_message(self) -> dict[str, Any]:
-        # What the worker needs not know changes without it: an open disk stays the same disk.
-        return self.spec.with_device(None).to_message()
-
-    def _on_started(self, message: Message) -> None:
-        self._opened = True
-        self.geometry = Geometry(message["size"], message["block_size"], message["flags"])
-
     def _resize_step(self, size: int, done: Done) -> None:
-        device, geometry = self._link.device, self.geometry
+        device, link, shares = self._link.device, self._link, self._shares
 
         def finish(error: Exception | None) -> None:
             self._resize = None
@@ -302,50 +297,33 @@ class DiskControl:
             if device is None:
                 then()
                 return
-            self._errand.call(
-                f"resizing {device.path}",
-                ATTACH_SECONDS,
-                lambda: device.resize(size, geometry.block_size),
-                lambda _, error: finish(error) if error is not None else then(),
+            geometry = replace(shares.geometry, size=size)
+            link.resize(
+                device, geometry, lambda error: finish(error) if error is not None else then()
             )
 
         def resize_disk(then: Callable[[], None]) -> None:
-            def resized(message: Message) -> None:
-                self.geometry = replace(geometry, size=message["size"])
-                then()
-
-            # First: should the worker die in the middle, the next one opens what is wanted.
-            self._note_size(size)
-            self._ask("resize", "resized", OPEN_SECONDS, resized, disk=self.spec.name, size=size)
+            # First: should a worker die in the middle, the next one opens what is wanted.
+            self.spec = self.spec.with_size(size)
+            shares.resize(size, then)
 
         # The kernel must never believe in blocks that the disk does not have.
-        if size >= geometry.size:
+        if size >= shares.geometry.size:
             resize_disk(lambda: resize_device(lambda: finish(None)))
         else:
             resize_device(lambda: resize_disk(lambda: finish(None)))
-
-    def _note_size(self, size: int) -> None:
-        if "size" in self.spec.options:
-            self.spec = _with_size(self.spec, size)
 
     # --- falling ---
 
     def _fall(self) -> None:
         device = self._link.device
         keep = self.keep_device and device is not None and device.can_reconnect
-        if self._hot and self._opened and not self._refusing and self.worker.healthy:
-            self._ask("remove", "removed", REMOVE_SECONDS, lambda _: None, disk=self.spec.name)
-        elif device is not None and not keep:
+        if self._hot and self._shares.refuse():
+            return
+        if device is not None and not keep:
             self._let_go(device)
-        elif self._opened:
-            self._ask(
-                "stop",
-                "stopped",
-                DRAIN_SECONDS + ANSWER_SECONDS,
-                self._on_stopped,
-                disk=self.spec.name,
-                seconds=DRAIN_SECONDS,
-            )
+        elif self._shares.opened:
+            self._shares.stop()
         else:
             keep_memory = self.keep_device or self._host.is_succeeded(self)
             if self.desired == "gone" and not keep_memory:
@@ -359,17 +337,11 @@ class DiskControl:
     def _let_go(self, device: Device) -> None:
         """Do the next thing on the way to no device, with its cache written if that can be."""
         link = self._link
-        unwritten = not link.linked and not link.flushed and self._writes_back()
-        if not unwritten or not device.can_reconnect or self.worker.state == "failed":
+        unwritten = not link.usable and not link.flushed and self._writes_back()
+        if not unwritten or not device.can_reconnect or self._shares.hopeless:
             link.release(device, write_back=self._writes_back())
-        elif self._opened:
-            link.reconnect(device)
-        else:
-            self._open()
-
-    def _on_stopped(self, _message: Message) -> None:
-        self._opened = self._refusing = False
-        self.statistics = {}
+        elif not link.reconnect(device):
+            self._shares.open_next(self.spec)
 
     def discard(self) -> None:
         """Remove what the disk keeps outside its worker."""
@@ -383,13 +355,13 @@ class DiskControl:
     def _on_failed(self, error: Exception) -> None:
         if (
             self._resize is not None
-            and self._opened
+            and not self._shares.closed
             and self.failure is None
             and self._link.serving
         ):
             _, done = self._resize
             self._resize = None
-            self._note_size(self.geometry.size)
+            self.spec = self.spec.with_size(self._shares.geometry.size)
             self._link.fitted = False  # should the kernel have the new size already
             done(error)
             return
@@ -406,12 +378,9 @@ class DiskControl:
         self.spec = self.spec.with_device(None)
         attaching(error)
 
-    def _on_removed(self, why: str) -> None:
-        self._refusing = True
+    def _on_removed(self, share: Share, why: str) -> None:
         self._hot = True
-        if self._errand.awaits("removed"):
-            self._errand.end_command()
-        elif self.failure is None and self.desired == "online":
+        if not self._shares.removed(share) and self.failure is None and self.desired == "online":
             self.failure = ReactorError(f"its storage was removed: {why}")
 
     def _settle(self) -> None:
@@ -441,20 +410,3 @@ class DiskControl:
         if done is not None:
             self._waiting.append(done)
         self.step()
-
-    def _ask(
-        self, kind: str, answer: str, within: float, take: Callable[[Message], None], **fields: Any
-    ) -> None:
-        def unanswered(why: str) -> None:
-            if kind in ("stop", "remove"):
-                # Whatever it still does to the disk must end before the disk can be let go.
-                self.worker.kill(why)
-            else:
-                self._opened = True  # it may yet do so: have it stopped
-                self._on_failed(DeviceError(errno.ETIMEDOUT, why))
-
-        self._errand.ask(kind, answer, within, take, unanswered, **fields)
-
-
-def _with_size(spec: DiskSpec, size: int | None) -> DiskSpec:
-    return replace(spec, options={**spec.options, "size": size})

@@ -1,8 +1,8 @@
-"""The one thing that a disk waits for: an answer of its worker, a blocking call, or a pause."""
+"""The one thing that a disk waits for: answers of its workers, a blocking call, or a pause."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from reactor.control.blocking import BlockingCall
@@ -14,15 +14,14 @@ from reactor.messages import Message
 class Errand:
     """At most one thing at a time; `on_end` comes after each, when the next may be begun."""
 
-    def __init__(self, reactor: Reactor, worker: WorkerProcess, on_end: Callable[[], None]) -> None:
+    def __init__(self, reactor: Reactor, on_end: Callable[[], None]) -> None:
         self._reactor = reactor
-        self._worker = worker
         self._on_end = on_end
-        self._command = 0  # the id of the command whose answer is awaited
-        self._last_command = 0
+        self._awaited: set[WorkerProcess] = set()  # whose answer to the command is awaited
+        self._command = 0  # its id
         self._kind = ""
         self._expected = ""
-        self._take: Callable[[Message], None] | None = None
+        self._take: Callable[[WorkerProcess, Message], None] | None = None
         self._deadline: Timer | None = None
         self._call: BlockingCall[Any] | None = None
         self._call_needs_worker = False
@@ -30,64 +29,66 @@ class Errand:
 
     def busy(self) -> bool:
         """Whether something is awaited."""
-        return bool(self._command) or self._call is not None or self._pause is not None
+        return bool(self._awaited) or self._call is not None or self._pause is not None
 
-    def needs_worker(self) -> bool:
-        """Whether only the worker can bring what is awaited."""
-        return bool(self._command) or (self._call is not None and self._call_needs_worker)
+    def needs(self, worker: WorkerProcess) -> bool:
+        """Whether what is awaited may come from `worker` alone."""
+        return worker in self._awaited or (self._call is not None and self._call_needs_worker)
 
     def awaits(self, answer: str) -> bool:
-        """Whether the worker's `answer` is what is awaited."""
-        return bool(self._command) and self._expected == answer
+        """Whether an `answer` is what is awaited."""
+        return bool(self._awaited) and self._expected == answer
 
     def ask(
         self,
+        workers: Iterable[WorkerProcess],
         kind: str,
         answer: str,
         within: float,
-        take: Callable[[Message], None],
-        late: Callable[[str], None],
+        take: Callable[[WorkerProcess, Message], None],
+        late: Callable[[WorkerProcess, str], None],
         **fields: Any,
     ) -> None:
-        """Send a command and await its answer for `within` seconds.
+        """Send a command and await the answer of each worker for `within` seconds.
 
-        `late` gets the reason when the answer does not come. Nothing is awaited when the worker
-        cannot be reached now.
+        `late` gets the reason for each answer that does not come. From workers that cannot be
+        reached now none is awaited.
         """
         assert not self.busy()
-        self._last_command += 1
-        if not self._worker.send(kind, id=self._last_command, **fields):
+        self._command += 1
+        self._awaited = {w for w in workers if w.send(kind, id=self._command, **fields)}
+        if not self._awaited:
             return
-        self._command = self._last_command
         self._kind = kind
         self._expected = answer
         self._take = take
 
         def expire() -> None:
-            self.end_command()
-            late(f"worker core {self._worker.core} did not answer {kind}")
+            silent, self._awaited = self._awaited, set()
+            for worker in silent:
+                late(worker, f"worker core {worker.core} did not answer {kind}")
             self._on_end()
 
         self._deadline = self._reactor.call_later(within, expire)
 
-    def answered(self, message: Message) -> str | None:
+    def answered(self, worker: WorkerProcess, message: Message) -> str | None:
         """Take `message` if it is the answer that is awaited; returns the command that failed."""
-        if not self._command or message["id"] != self._command:
+        if worker not in self._awaited or message["id"] != self._command:
             return None
         take, kind, expected = self._take, self._kind, self._expected
-        self.end_command()
+        self.excuse(worker)
         if message["type"] == "failed":
             return kind
         if take is not None and message["type"] == expected:
-            take(message)
+            take(worker, message)
         return None
 
-    def end_command(self) -> None:
-        """Await the answer no longer."""
-        self._command = 0
-        self._take = None
-        if self._deadline is not None:
+    def excuse(self, worker: WorkerProcess) -> None:
+        """Await the answer of `worker` no longer."""
+        self._awaited.discard(worker)
+        if not self._awaited and self._deadline is not None:
             self._deadline.cancel()
+            self._deadline = None
 
     def call(
         self,
@@ -121,9 +122,9 @@ class Errand:
 
         self._pause = self._reactor.call_later(seconds, go_on)
 
-    def worker_lost(self) -> None:
-        """Await nothing that only the worker could give."""
-        self.end_command()
+    def worker_lost(self, worker: WorkerProcess) -> None:
+        """Await nothing that only `worker` could give."""
+        self.excuse(worker)
         if self._call is not None and self._call_needs_worker:
             # It waits for I/O that only the next worker can answer, which waits for this call.
             self._call.abandon()

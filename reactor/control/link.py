@@ -1,4 +1,4 @@
-"""The kernel device of a disk, and the sockets between it and the disk's worker."""
+"""The kernel device of a disk, and the sockets between it and the disk's workers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Final
 from reactor.attach.device import Device, attach
 from reactor.control.blocking import BlockingCall
 from reactor.control.errand import Errand
+from reactor.control.shares import ANSWER_SECONDS, DRAIN_SECONDS, Geometry, Share
 from reactor.control.workers import WorkerProcess
 from reactor.errors import DeviceError, reason
 from reactor.log import logger
@@ -23,8 +24,6 @@ ATTACH_SECONDS: Final = 30.0
 PROBE_SECONDS: Final = 30.0
 FLUSH_SECONDS: Final = 60.0
 DETACH_SECONDS: Final = 30.0
-DRAIN_SECONDS: Final = 10.0
-ANSWER_SECONDS: Final = 5.0  # what an answer may take beyond the work itself
 RETRY_SECONDS: Final = 0.05
 TRIES_MAX: Final = 200
 TRIES_PER_COUNT: Final = 10
@@ -35,42 +34,50 @@ SOCKET_BUFFER: Final = 4 << 20  # bytes each way between kernel and worker; the 
 log = logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """What the kernel is told of a disk. Sizes in bytes, flags of the transmission phase."""
+@dataclass(slots=True)
+class Slot:
+    """A socket of the device."""
 
-    size: int = 0
-    block_size: int = 0
-    flags: int = 0
+    place: int  # the connection whose worker should serve it
+    share: Share | None = None  # who does; None: it must be replaced
+    generation: int = 0  # of the socket
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A worker's end of a new socket, on its way."""
+
+    slot: Slot
+    share: Share
+    pid: int | None  # to a later worker the end means nothing: it has not opened the disk yet
+    end: socket.socket
 
 
 class DeviceLink:
     """At most one device. Each method begins one thing on the disk's errand.
 
-    `linked`: the worker serves the device; `probed`: a read has come through; `fitted`: the kernel
-    has the disk's size.
+    `shares` has the share whose worker each connection is meant for. `probed`: a read has come
+    through; `fitted`: the kernel has the disk's size.
     """
 
     def __init__(
         self,
         reactor: Reactor,
         errand: Errand,
-        worker: WorkerProcess,
+        shares: Sequence[Share],
         on_failed: Callable[[Exception], None],
     ) -> None:
         self.device: Device | None = None
-        self.linked = False
         self.probed = False
         self.flushed = False
         self.fitted = False
         self._reactor = reactor
         self._errand = errand
-        self._worker = worker
+        self._shares = shares
         self._on_failed = on_failed
         self._disk = ""
+        self._slots: list[Slot] = []  # in the kernel's order
         self._generation = 0
-        self._attached_generation = 0  # the first of this attachment
-        self._lost = 0  # connections that must be replaced
         self._detaching = False
         self._tries = 0
         self._linked_ns = 0
@@ -81,8 +88,18 @@ class DeviceLink:
         return self.device.path if self.device is not None else None
 
     @property
+    def linked(self) -> bool:
+        """Whether every socket is served."""
+        return all(slot.share is not None for slot in self._slots)
+
+    @property
+    def usable(self) -> bool:
+        """Whether some socket is served; the kernel sends there what it cannot send elsewhere."""
+        return bool(self._serving())
+
+    @property
     def serving(self) -> bool:
-        """Whether nothing is amiss: there is no device, or its worker serves it."""
+        """Whether nothing is amiss: there is no device, or it is served as it should be."""
         return self.device is None or self.linked
 
     def forgive(self) -> None:
@@ -93,21 +110,24 @@ class DeviceLink:
         """Note that the device stays: what was written back is not all that will be."""
         self.flushed = False
 
-    def worker_lost(self, spec: DiskSpec) -> None:
-        """Note that the worker's ends of all sockets are gone."""
-        self.linked = False
-        self._lost = spec.connections
+    def worker_lost(self, share: Share) -> None:
+        """Note that the worker's ends of all its sockets are gone."""
+        for slot in self._slots:
+            if slot.share is share:
+                slot.share = None
 
     def connection_lost(self, generation: int) -> None:
         """Note that one connection ended while its worker lives."""
-        expected = self.device is None or self._errand.awaits("released") or self._detaching
-        if generation < self._attached_generation or expected:
+        if self.device is None or self._errand.awaits("released") or self._detaching:
             return
-        log.warning("device %s lost a connection", self.path)
-        self.linked = False
-        self._lost += 1
-        if (self._reactor.clock() - self._linked_ns) / 1e9 > STEADY_SECONDS:
-            self._tries = 0
+        for slot in self._slots:
+            if slot.generation == generation and slot.share is not None:
+                log.warning(
+                    "device %s lost a connection to core %d", self.path, slot.share.worker.core
+                )
+                slot.share = None
+                if (self._reactor.clock() - self._linked_ns) / 1e9 > STEADY_SECONDS:
+                    self._tries = 0
 
     def adopt(self, device: Device, spec: DiskSpec) -> None:
         """Take over a device that the kernel still holds; it carried I/O before."""
@@ -115,14 +135,14 @@ class DeviceLink:
         self.probed = True
         self.fitted = False
         self._disk = spec.name
-        self._lost = spec.connections
+        self._slots = self._new_slots()
 
     def attach(self, spec: DiskSpec, tag: str, geometry: Geometry) -> None:
-        """Attach what `spec` asks for, and give the worker its ends."""
+        """Attach what `spec` asks for, and give the workers their ends."""
         wanted = spec.device
         assert wanted is not None
-        kernel_ends, worker_ends = _socket_pairs(spec.connections)
-        asked = self._worker.pid
+        slots = self._new_slots()
+        kernel_ends, deliveries = self._socket_pairs(slots)
         self._disk = spec.name
 
         def attach_it() -> Device:
@@ -140,22 +160,37 @@ class DeviceLink:
 
         def attached(device: Device | None, error: Exception | None) -> None:
             if device is None:
-                _close_all(worker_ends)
+                _drop(deliveries)
                 assert error is not None
                 self._on_failed(error)
                 return
             self.device = device
             self.probed = self.flushed = False
             self.fitted = True
-            self._attached_generation = self._generation + 1
-            self._lost = len(worker_ends)
-            self._hand_over(worker_ends, asked)
+            self._slots = slots
+            self._hand_over(deliveries)
 
         name = f"attaching {wanted} to disk {spec.name}"
         self._errand.call(name, ATTACH_SECONDS, attach_it, attached, late=self._detach_late)
 
-    def reconnect(self, device: Device) -> None:
-        """Give the device new sockets for those that were lost."""
+    def mend(self, device: Device, geometry: Geometry) -> None:
+        """Do the next thing that the device needs to serve, if there is one that can be done."""
+        if self.reconnect(device) or not self.linked:
+            return
+        if not self.fitted:
+            self._fit(device, geometry)
+        elif not self.probed:
+            self._probe(device)
+
+    def reconnect(self, device: Device) -> bool:
+        """Give the device new sockets for those that were lost and can be served; False if none."""
+        lost = self._lost()
+        if not any(self._server(slot.place).opened for slot in lost):
+            return False
+        self._reconnect(device, lost)
+        return True
+
+    def _reconnect(self, device: Device, lost: Sequence[Slot]) -> None:
         if not device.can_reconnect:
             # By ioctl the kernel's thread is gone with its socket: only a new attach helps.
             self.detach(device)
@@ -165,19 +200,24 @@ class DeviceLink:
             message = f"{device.path} lost its connection {TRIES_MAX} times in short order"
             self._on_failed(DeviceError(errno.EIO, message))
             return
-        kernel_ends, worker_ends = _socket_pairs(max(self._lost, 1))
-        asked = self._worker.pid
+        # The kernel replaces its dead sockets in their order. So the first are for the workers
+        # that are there, each at its own place if it can be.
+        for slot, place in zip(lost, sorted((s.place for s in lost), key=self._order), strict=True):
+            slot.place = place
+        mended = [slot for slot in lost if self._server(slot.place).opened]
+        kernel_ends, deliveries = self._socket_pairs(mended)
+        worker_ends = [delivery.end for delivery in deliveries]
 
         def reconnected(_: None, error: Exception | None) -> None:
             if error is None:
                 log.info("disk %s: device %s has a new socket", self._disk, device.path)
-                self._hand_over(worker_ends, asked)
+                self._hand_over(deliveries)
                 return
-            _close_all(worker_ends)
+            _drop(deliveries)
             if isinstance(error, DeviceError) and error.errno == errno.EAGAIN:
                 # Either the kernel has not noticed yet, or it has fewer sockets than we offer.
-                if self._lost > 1 and self._tries % TRIES_PER_COUNT == 0:
-                    self._lost -= 1
+                if len(mended) > 1 and self._tries % TRIES_PER_COUNT == 0:
+                    self._slots.remove(mended[-1])
                 self._errand.pause(RETRY_SECONDS)
             else:
                 self._on_failed(error)
@@ -189,7 +229,7 @@ class DeviceLink:
             reconnected,
         )
 
-    def probe(self, device: Device) -> None:
+    def _probe(self, device: Device) -> None:
         """Read from the device: only then is it known to work."""
 
         def probed(_: None, error: Exception | None) -> None:
@@ -202,36 +242,44 @@ class DeviceLink:
             f"reading {device.path}", PROBE_SECONDS, device.probe, probed, needs_worker=True
         )
 
-    def fit(self, device: Device, geometry: Geometry) -> None:
+    def _fit(self, device: Device, geometry: Geometry) -> None:
         """Tell the kernel the size of a disk that may have changed while nobody served it."""
 
-        def fitted(_: None, error: Exception | None) -> None:
+        def fitted(error: Exception | None) -> None:
             self.fitted = True
             if error is not None:
                 self._on_failed(error)
 
+        self.resize(device, geometry, fitted)
+
+    def resize(
+        self, device: Device, geometry: Geometry, done: Callable[[Exception | None], None]
+    ) -> None:
+        """Tell the kernel another size."""
         self._errand.call(
             f"resizing {device.path}",
             ATTACH_SECONDS,
             lambda: device.resize(geometry.size, geometry.block_size),
-            fitted,
+            lambda _, error: done(error),
         )
 
     def release(self, device: Device, *, write_back: bool) -> None:
         """Do the next thing on the way to no device."""
-        if not self.linked:
+        serving = self._serving()
+        if not serving:
             if write_back and not self.flushed:
                 log.error(
                     "disk %s: what was not yet written back from %s is lost: no worker serves it",
                     *(self._disk, device.path),
                 )
             self.detach(device)
-        elif not self._worker.healthy:
-            self._worker.kill(f"{device.path} must be detached and it does not answer")
+        elif sick := [share.worker for share in serving if not share.worker.healthy]:
+            for worker in sick:
+                worker.kill(f"{device.path} must be detached and it does not answer")
         elif write_back and not self.flushed:
             self._flush(device)
         else:
-            self._close_connections()
+            self._close_connections(serving)
 
     def detach(self, device: Device) -> None:
         """Take the device from the kernel."""
@@ -242,27 +290,28 @@ class DeviceLink:
             if error is not None:
                 log.error("disk %s: %s", self._disk, reason(error))
 
-        self.linked = False
+        for slot in self._slots:
+            slot.share = None
         self._detaching = True
-        self._lost = 0
         self._errand.call(f"detaching {device.path}", DETACH_SECONDS, device.detach, detached)
 
-    def _close_connections(self) -> None:
-        """Have the worker finish what is in flight and close its ends.
+    def _close_connections(self, serving: Sequence[Share]) -> None:
+        """Have the workers finish what is in flight and close their ends.
 
         DISCONNECT to a device whose worker does not read (because its storage hangs, say) blocks
         in the kernel for ever and holds the lock of all generic netlink; to dead sockets it cannot.
         """
 
-        def closed(_message: Message) -> None:
-            self.linked = False
+        def closed(worker: WorkerProcess, _message: Message) -> None:
+            self.worker_lost(next(share for share in serving if share.worker is worker))
 
         self._errand.ask(
+            [share.worker for share in serving],
             "release",
             "released",
             DRAIN_SECONDS + ANSWER_SECONDS,
             closed,
-            self._worker.kill,
+            WorkerProcess.kill,
             disk=self._disk,
             seconds=DRAIN_SECONDS,
         )
@@ -277,39 +326,72 @@ class DeviceLink:
             f"writing back {device.path}", FLUSH_SECONDS, device.flush, flushed, needs_worker=True
         )
 
-    def _hand_over(
-        self, worker_ends: Sequence[socket.socket], asked: int | None, tries: int = HANDOVER_TRIES
-    ) -> None:
-        """Give the worker its ends and keep none, so that its death is seen by the kernel.
+    def _hand_over(self, deliveries: list[Delivery], tries: int = HANDOVER_TRIES) -> None:
+        """Give the workers their ends and keep none, so that the kernel sees a worker's death."""
+        while deliveries:
+            delivery = deliveries[0]
+            try:
+                self._deliver(delivery)
+            except BlockingIOError:  # its queue is full (net.unix.max_dgram_qlen)
+                if tries:
+                    again = partial(self._hand_over, deliveries, tries - 1)
+                    self._errand.pause(RETRY_SECONDS, again)
+                    return
+                core = delivery.share.worker.core
+                log.warning("disk %s: worker core %d takes no sockets", self._disk, core)
+            except OSError as error:
+                # The worker died; the kernel sees its link dead, and a later step tries again.
+                log.warning("disk %s: handing over a socket: %s", self._disk, reason(error))
+            delivery.end.close()
+            deliveries.pop(0)
+        self._linked_ns = self._reactor.clock()
+        if not self.linked:
+            self._errand.pause(RETRY_SECONDS)
 
-        `asked` is the worker that has the disk open; to a later one the ends mean nothing yet.
-        """
-        if self._worker.pid is None or self._worker.pid != asked:
-            _close_all(worker_ends)
+    def _deliver(self, delivery: Delivery) -> None:
+        worker = delivery.share.worker
+        if worker.pid is None or worker.pid != delivery.pid:
             return
         self._generation += 1
-        try:
-            self._worker.hand_over(
-                "connection",
-                [end.fileno() for end in worker_ends],
-                disk=self._disk,
-                generation=self._generation,
-            )
-        except BlockingIOError:  # its queue is full (net.unix.max_dgram_qlen)
-            if tries:
-                again = partial(self._hand_over, worker_ends, asked, tries - 1)
-                self._errand.pause(RETRY_SECONDS, again)
-                return
-            log.warning("disk %s: worker core %d takes no sockets", self._disk, self._worker.core)
-        except OSError as error:
-            # The worker died; the kernel sees its link dead, and the next step tries again.
-            log.warning("disk %s: handing over a socket: %s", self._disk, reason(error))
-            self._errand.pause(RETRY_SECONDS)
-        else:
-            self._lost -= len(worker_ends)
-            self.linked = self._lost <= 0
-            self._linked_ns = self._reactor.clock()
-        _close_all(worker_ends)
+        worker.hand_over(
+            "connection",
+            [delivery.end.fileno()],
+            disk=self._disk,
+            generation=self._generation,
+        )
+        delivery.slot.share = delivery.share
+        delivery.slot.generation = self._generation
+
+    def _new_slots(self) -> list[Slot]:
+        return [Slot(place) for place in range(len(self._shares))]
+
+    def _lost(self) -> list[Slot]:
+        return [slot for slot in self._slots if slot.share is None]
+
+    def _serving(self) -> list[Share]:
+        """Return the shares whose workers serve the device, each once."""
+        return list(dict.fromkeys(slot.share for slot in self._slots if slot.share is not None))
+
+    def _server(self, place: int) -> Share:
+        """Return who is to serve the connection: another one where a worker was given up."""
+        own = self._shares[place]
+        if not own.given_up:
+            return own
+        others = [share for share in dict.fromkeys(self._shares) if not share.given_up]
+        return others[place % len(others)] if others else own
+
+    def _order(self, place: int) -> tuple[bool, int]:
+        return not self._server(place).opened, place
+
+    def _socket_pairs(self, slots: Sequence[Slot]) -> tuple[list[socket.socket], list[Delivery]]:
+        """Return the kernel's end for each slot, and the worker's end on its way to its worker."""
+        kernel_ends, deliveries = [], []
+        for slot in slots:
+            kernel_end, worker_end = _socket_pair()
+            share = self._server(slot.place)
+            kernel_ends.append(kernel_end)
+            deliveries.append(Delivery(slot, share, share.worker.pid, worker_end))
+        return kernel_ends, deliveries
 
     def _detach_late(self, device: Device) -> None:
         """Undo an attach that came through after its deadline."""
@@ -323,14 +405,14 @@ class DeviceLink:
         BlockingCall(self._reactor, name, DETACH_SECONDS, device.detach, detached)
 
 
-def _socket_pairs(count: int) -> tuple[list[socket.socket], list[socket.socket]]:
-    pairs = [socket.socketpair() for _ in range(count)]
-    for end in (end for pair in pairs for end in pair):
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    pair = socket.socketpair()
+    for end in pair:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
-    return [kernel for kernel, _ in pairs], [worker for _, worker in pairs]
+    return pair
 
 
-def _close_all(ends: Sequence[socket.socket]) -> None:
-    for end in ends:
-        end.close()
+def _drop(deliveries: Sequence[Delivery]) -> None:
+    for delivery in deliveries:
+        delivery.end.close()

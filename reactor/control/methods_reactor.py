@@ -114,6 +114,7 @@ def _disk(disk: DiskStatus, pids: dict[int, int | None]) -> dict[str, Any]:
         "state": disk.state,
         "reason": disk.reason,
         "core": disk.core,
+        "cores": list(disk.cores),
         "pid": pids.get(disk.core) if disk.core is not None else None,
         "size": disk.size,
         "block_size": disk.block_size,

@@ -24,12 +24,13 @@ class DiskStatus:
     spec: DiskSpec
     state: DiskState
     reason: str  # "" while all is well
-    core: int | None
+    core: int | None  # of the worker that owns it and serves its listeners
     size: int
     block_size: int
     flags: int  # transmission flags
     device: str | None  # the device really attached
-    statistics: Mapping[str, int] = field(default_factory=dict)  # as the worker counts them
+    statistics: Mapping[str, int] = field(default_factory=dict)  # as the workers count them
+    cores: tuple[int, ...] = ()  # of all workers that serve it, the owner's first
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ class ServedDisk:
         spec: DiskSpec,
         instance: str,
         *,
+        shared: bool,
         on_removed: Callable[[ServedDisk, str], None],
         on_disconnected: Callable[[ServedDisk, int, str], None],
     ) -> None:
@@ -68,6 +69,7 @@ class ServedDisk:
         self._on_removed = on_removed
         self._on_disconnected = on_disconnected
         self._generations: dict[Connection, int] = {}  # 0: a client, else the kernel's
+        self._leashes: dict[Connection, socket.socket] = {}  # of clients that another worker gave
         self._finished: Counter[str] = Counter()
         self._removal: str | None = None
         self._removal_timer: Timer | None = None
@@ -80,6 +82,7 @@ class ServedDisk:
             reactor=reactor,
             block_size=spec.block_size,
             readonly=spec.readonly,
+            shared=shared,
         )
         try:
             self._descriptor = self.disk.open(self._on_event, write=not self.disk.readonly)
@@ -96,22 +99,44 @@ class ServedDisk:
             preferred_block_size=max(4096, self.disk.block_size),
         )
 
-    def serve(self, sock: socket.socket, generation: int, trailing: bytes = b"") -> None:
-        """Serve the transmission phase on `sock`, a client's (generation 0) or the kernel's."""
-        clients = len(self._generations)
-        if self._on_stopped is not None or (generation == 0 and self._removal is not None):
+    @property
+    def clients(self) -> int:
+        """The clients that are served here."""
+        return sum(not generation for generation in self._generations.values())
+
+    def serve(
+        self,
+        sock: socket.socket,
+        generation: int,
+        trailing: bytes = b"",
+        leash: socket.socket | None = None,
+    ) -> None:
+        """Serve the transmission phase on `sock`, a client's (generation 0) or the kernel's.
+
+        `leash` is closed when `sock` is.
+        """
+        if self._refuses(generation):
             sock.close()
-            return
-        if generation == 0 and clients >= CONNECTIONS_MAX:
-            log.warning("disk %s has %d connections: one more is refused", self.spec.name, clients)
-            sock.close()
+            if leash is not None:
+                leash.close()
             return
         connection = Connection(
             self._reactor, sock, self.export, self._channel, self._closed, trailing=trailing
         )
         self._generations[connection] = generation
+        if leash is not None:
+            self._leashes[connection] = leash
         if self._removal is not None:
             connection.refuse()
+
+    def _refuses(self, generation: int) -> bool:
+        if self._on_stopped is not None or (generation == 0 and self._removal is not None):
+            return True
+        clients = len(self._generations)
+        if generation == 0 and clients >= CONNECTIONS_MAX:
+            log.warning("disk %s has %d connections: one more is refused", self.spec.name, clients)
+            return True
+        return False
 
     def remove(self, reason: str) -> None:
         """Hot remove: refuse new I/O, let what is in flight end, then report the removal."""
@@ -140,14 +165,17 @@ class ServedDisk:
                 connection.drain(seconds)
         self._report_released()
 
-    def resize(self, size: int) -> None:
-        """Change the size of the disk; raises OSError."""
+    def resize(self, size: int, *, follow: bool) -> None:
+        """Change the size of the disk, or follow who does; raises OSError."""
         if size % self.disk.block_size:
             message = f"{size} bytes is not a multiple of the block size {self.disk.block_size}"
             raise OSError(errno.EINVAL, message)
-        if size != self.disk.size:
+        if follow:
+            self.disk.follow(size)
+        elif size != self.disk.size:
             self.disk.resize(size)
         self.export.size = self.disk.size
+        self.spec = self.spec.with_size(self.disk.size)
 
     def statistics(self) -> dict[str, int]:
         """Return the counters since the disk was opened."""
@@ -180,6 +208,9 @@ class ServedDisk:
 
     def _closed(self, connection: Connection, reason: str) -> None:
         generation = self._generations.pop(connection)
+        leash = self._leashes.pop(connection, None)
+        if leash is not None:
+            leash.close()
         self._count(connection, self._finished)
         if generation:
             self._on_disconnected(self, generation, reason)

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,7 @@ from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
 from reactor.data import garbage, pressure
 from reactor.data.listener import Listener
 from reactor.data.serving import ServedDisk
+from reactor.data.spread import ClientSpread
 from reactor.errors import BusError, ReactorError, reason
 from reactor.log import FORMATS, LEVELS, logger, set_up
 from reactor.loop import MODES, Reactor, Timer
@@ -48,7 +50,9 @@ class Worker:
         self._reactor = reactor
         self._core = core
         self._instance = instance
+        self._runtime_dir = runtime_dir
         self._disks: dict[str, ServedDisk] = {}
+        self._spreads: dict[str, ClientSpread] = {}  # of the shared disks whose listeners are here
         self._retries: dict[str, Timer] = {}  # disks whose storage is still in use
         self._listeners: dict[Address, list[Listener]] = {}
         self._handed: dict[str, list[socket.socket]] = {}  # systemd's sockets, by name
@@ -113,7 +117,7 @@ class Worker:
         served = self._disks.get(spec.name)
         if served is None:
             try:
-                served = self._open(spec)
+                served = self._open(spec, shared=message["shared"])
             except OSError as error:
                 if error.errno != errno.EBUSY or not tries:
                     raise
@@ -125,14 +129,18 @@ class Worker:
                 )
                 return
             try:
-                self._listen(served)
+                self._listen(served, message["members"])
             except BaseException:
                 self._unlisten(served)
                 served.stop(0, lambda: None)
                 raise
             self._disks[spec.name] = served
-        elif served.spec != spec:
+        elif replace(served.spec, listen=spec.listen) != spec:
             raise OSError(errno.EBUSY, f"disk {spec.name} is served with another config")
+        elif served.spec.listen != spec.listen:  # it takes over those of a worker that was given up
+            self._unlisten(served)
+            served.spec = spec
+            self._listen(served, message["members"])
         export = served.export
         self._bus.send(
             "started",
@@ -143,11 +151,12 @@ class Worker:
             flags=export.flags,
         )
 
-    def _open(self, spec: DiskSpec) -> ServedDisk:
+    def _open(self, spec: DiskSpec, *, shared: bool) -> ServedDisk:
         return ServedDisk(
             self._reactor,
             spec,
             self._instance,
+            shared=shared,
             on_removed=self._on_removed,
             on_disconnected=self._on_disconnected,
         )
@@ -193,7 +202,7 @@ class Worker:
 
     def _resize(self, message: Message) -> None:
         served = self._served(message)
-        served.resize(message["size"])
+        served.resize(message["size"], follow=message["follow"])
         self._bus.send("resized", id=message["id"], disk=message["disk"], size=served.export.size)
 
     def _shut_down(self, _message: Message) -> None:
@@ -241,7 +250,10 @@ class Worker:
 
     # --- listeners ---
 
-    def _listen(self, served: ServedDisk) -> None:
+    def _listen(self, served: ServedDisk, members: list[int]) -> None:
+        name = served.spec.name
+        sockets = [descriptor_socket(self._runtime_dir, core) for core in members]
+        self._spreads[name] = ClientSpread(self._reactor, name, sockets)
         for address in served.spec.listen:
             if address not in self._listeners:
                 self._listeners[address] = self._open_listeners(address)
@@ -249,6 +261,9 @@ class Worker:
                 listener.exports[served.spec.name] = served.export
 
     def _unlisten(self, served: ServedDisk) -> None:
+        spread = self._spreads.pop(served.spec.name, None)
+        if spread is not None:
+            spread.close()
         for address in served.spec.listen:
             for listener in self._listeners.get(address, ()):
                 listener.exports.pop(served.spec.name, None)
@@ -271,8 +286,8 @@ class Worker:
         served = self._disks.get(export.name)
         if served is None:
             sock.close()
-            return
-        served.serve(sock, 0, trailing)
+        elif not self._spreads[export.name].give(sock, trailing, served.clients):
+            served.serve(sock, 0, trailing)
 
     # --- descriptors from the controller ---
 
@@ -322,6 +337,11 @@ class Worker:
         served = self._served(message)
         for sock in socks:
             sock.setblocking(False)
+        if message["type"] == "client":
+            client, leash = socks
+            served.serve(client, 0, message["trailing"], leash)
+            return
+        for sock in socks:
             served.serve(sock, message["generation"])
 
 

@@ -131,6 +131,7 @@ class MemoryDisk(DiskModel):
             reactor=self.reactor,
             block_size=BLOCK,
             readonly=False,
+            shared=False,
         )
 
     def teardown(self) -> None:

@@ -28,6 +28,8 @@ class Opened:
         engine: Callable[..., Engine] = open_engine,
         block_size: int | None = None,
         readonly: bool = False,
+        shared: bool = False,
+        name: str = "disk",
         keep_lent: bool = False,
         **options: object,
     ) -> None:
@@ -36,12 +38,13 @@ class Opened:
         self.events: list[tuple[Event, str]] = []
         try:
             disk = FileBackend.create(
-                "disk",
+                name,
                 {"path": str(path), **options},
                 instance="test",
                 reactor=self.reactor,
                 block_size=block_size,
                 readonly=readonly,
+                shared=shared,
             )
         except BaseException:
             self.reactor.close()

@@ -39,7 +39,9 @@ def disk(reactor: Reactor) -> Iterator[Open]:
     opened: list[Disk] = []
     names: set[str] = set()
 
-    def create(size: int = 4 << 20, name: str = "disk", block_size: int = 512) -> MallocDisk:
+    def create(
+        size: int = 4 << 20, name: str = "disk", block_size: int = 512, *, shared: bool = False
+    ) -> MallocDisk:
         names.add(name)
         made = BACKEND.create(
             name,
@@ -48,6 +50,7 @@ def disk(reactor: Reactor) -> Iterator[Open]:
             reactor=reactor,
             block_size=block_size,
             readonly=False,
+            shared=shared,
         )
         opened.append(made)
         assert isinstance(made, MallocDisk)
@@ -100,8 +103,8 @@ class Access:
 
 
 def used(name: str = "disk") -> int:
-    """Return the memory that a disk uses, without its header."""
-    return shared_memory(name, INSTANCE).stat().st_blocks * 512 - PAGE
+    """Return the memory that a disk uses, without its header and map."""
+    return shared_memory(name, INSTANCE).stat().st_blocks * 512 - 2 * PAGE
 
 
 def test_it_is_found_by_its_name() -> None:
@@ -266,7 +269,8 @@ def test_a_disk_whose_worker_died_in_a_resize_gets_the_size_that_is_wanted(
         (b"x", "is not a memory disk"),
         (b"nbdshmem", "is not a memory disk"),
         (b"nbdshmem" + b"\xff" * 100, "is of version"),
-        (b"nbdshmem\x01\0\0\0" + bytes(100), "belongs to another disk"),
+        (b"nbdshmem\x01\0\0\0" + bytes(100), "is of version 1, not 2"),
+        (b"nbdshmem\x02\0\0\0" + bytes(100), "belongs to another disk"),
     ],
 )
 def test_garbage_is_refused_and_kept(disk: Open, content: bytes, problem: str) -> None:

@@ -21,7 +21,8 @@ from tests.unit.test_malloc import Access, serving
 
 reactor = Reactor("poll")
 disk = BACKEND.create(
-    "disk", {"size": 64 << 20}, instance="full", reactor=reactor, block_size=512, readonly=False
+    "disk", {"size": 64 << 20}, instance="full", reactor=reactor, block_size=512, readonly=False,
+    shared=False,
 )
 with serving(disk) as pump:
     access = Access(pump)
@@ -125,7 +126,7 @@ def test_a_disk_larger_than_the_memory_is_found_again_when_it_is_full() -> None:
         disk.close()
         disk = BACKEND.create(
             "disk", {"size": 64 << 20}, instance="full", reactor=reactor, block_size=512,
-            readonly=False,
+            readonly=False, shared=False,
         )
         with serving(disk) as again:
             access = Access(again)

@@ -27,7 +27,13 @@ def reactor() -> Iterator[Reactor]:
 
 def create(reactor: Reactor, block_size: int | None = None, **options: object) -> Disk:
     return BACKEND.create(
-        "disk", options, instance="test", reactor=reactor, block_size=block_size, readonly=False
+        "disk",
+        options,
+        instance="test",
+        reactor=reactor,
+        block_size=block_size,
+        readonly=False,
+        shared=False,
     )
 
 

@@ -228,7 +228,8 @@ for name in ("a", "b"):
     reactor = Reactor()
     disk = backend("file").create(
         name, {"path": f"{sys.argv[1]}/{name}", "size": 1 << 20, "direct": True},
-        instance="test", reactor=reactor, block_size=None, readonly=False)
+        instance="test", reactor=reactor, block_size=None, readonly=False,
+        shared=False)
     channel = disk.channel(reactor)
     requester = Requester(reactor, channel)
     requester.write(4096, b"data" * 1024)

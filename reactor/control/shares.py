@@ -1,0 +1,266 @@
+"""The workers that serve a disk: one, or several that share it."""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+from reactor.control.errand import Errand
+from reactor.control.workers import WorkerProcess
+from reactor.errors import DeviceError, ReactorError, reason
+from reactor.log import logger
+from reactor.messages import Message
+from reactor.spec import DiskSpec
+
+OPEN_SECONDS: Final = 60.0
+REMOVE_SECONDS: Final = 15.0
+DRAIN_SECONDS: Final = 10.0
+ANSWER_SECONDS: Final = 5.0  # what an answer may take beyond the work itself
+
+log = logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What the kernel is told of a disk. Sizes in bytes, flags of the transmission phase."""
+
+    size: int = 0
+    block_size: int = 0
+    flags: int = 0
+
+
+class Share:
+    """What one worker has of a disk."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self.worker = worker
+        self.given_up = ""  # why the disk does without it
+        self.close()
+
+    def close(self) -> None:
+        """Note that the worker has nothing of the disk any more."""
+        self.opened = False  # it has the disk open
+        self.leads = False  # it serves the disk's listeners
+        self.refusing = False  # it refuses I/O
+        self.statistics: dict[str, int] = {}
+
+
+class Shares:
+    """The shares of a disk, that of its owner first. Methods begin one thing on its errand.
+
+    Who takes part is everyone but those that were given up. The first of them leads: it serves the
+    listeners, and is the one that changes the storage.
+    """
+
+    def __init__(
+        self,
+        errand: Errand,
+        disk: str,
+        shares: Sequence[Share],
+        on_failed: Callable[[Exception], None],
+    ) -> None:
+        self.geometry = Geometry()
+        self._errand = errand
+        self._disk = disk
+        self._all = shares
+        self._on_failed = on_failed
+
+    # --- what they are ---
+
+    def of(self, worker: WorkerProcess) -> Share | None:
+        """Return what `worker` has of the disk, None when it is none of the disk's workers."""
+        return next((share for share in self._all if share.worker is worker), None)
+
+    @property
+    def cores(self) -> tuple[int, ...]:
+        """The cores of those that take part, the leader's first."""
+        return tuple(share.worker.core for share in self._taking_part() or self._all)
+
+    @property
+    def opened(self) -> list[Share]:
+        """Those that have the disk open."""
+        return [share for share in self._all if share.opened]
+
+    @property
+    def closed(self) -> list[Share]:
+        """Those that have yet to open the disk, or to lead."""
+        shares = self._taking_part()
+        return [s for s in shares if not s.opened or (s is shares[0] and not s.leads)]
+
+    @property
+    def refusing(self) -> bool:
+        """Whether some worker refuses I/O."""
+        return any(share.refusing for share in self._all)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no worker will ever be there."""
+        return all(share.worker.state == "failed" for share in self._all)
+
+    def statistics(self) -> dict[str, int]:
+        """Return the sums of all counters."""
+        total: Counter[str] = Counter()
+        for share in self._all:
+            total.update(share.statistics)
+        return dict(total)
+
+    def forgive(self) -> None:
+        """Let everyone take part again."""
+        for share in self._all:
+            share.given_up = ""
+
+    # --- what is done ---
+
+    def give_up_failed(self) -> None:
+        """Do without the workers that keep dying."""
+        for share in self._taking_part():
+            if share.worker.state == "failed":
+                core = share.worker.core
+                self._give_up(share, ReactorError(f"the worker of core {core} keeps dying"))
+
+    def open_next(self, spec: DiskSpec) -> None:
+        """Have the disk opened by the first that has yet to and whose worker runs, if any."""
+        share = next((s for s in self.closed if s.worker.state == "running"), None)
+        if share is None:
+            return
+        leader, *members = self._taking_part()
+        leads = share is leader
+        spec = spec.with_device(None)  # what the worker needs not know changes without it
+
+        def started(_worker: WorkerProcess, message: Message) -> None:
+            if not self.opened:
+                size, block_size, flags = (message[k] for k in ("size", "block_size", "flags"))
+                self.geometry = Geometry(size, block_size, flags)
+            share.opened = True
+            share.leads = leads
+
+        self._ask(
+            [share],
+            "start",
+            "started",
+            OPEN_SECONDS,
+            started,
+            spec=(spec if leads else replace(spec, listen=())).to_message(),
+            shared=len(self._all) > 1,
+            members=[member.worker.core for member in members] if leads else [],
+        )
+
+    def resize(self, size: int, then: Callable[[], None]) -> None:
+        """Change the disk's size, one after the other, so that none has blocks that are not there.
+
+        On a failure `on_failed` comes instead of `then`.
+        """
+        leader, *followers = self._taking_part()
+        grows = size >= self.geometry.size
+        self._resize([leader, *followers] if grows else [*followers, leader], size, then)
+
+    def _resize(self, shares: Sequence[Share], size: int, then: Callable[[], None]) -> None:
+        if not shares:
+            then()
+            return
+        share, *others = shares
+        follow = share is not self._taking_part()[0]
+
+        def resized(_worker: WorkerProcess, message: Message) -> None:
+            self.geometry = replace(self.geometry, size=message["size"])
+            self._resize(others, size, then)
+
+        fields = {"disk": self._disk, "size": size, "follow": follow}
+        self._ask([share], "resize", "resized", OPEN_SECONDS, resized, **fields)
+
+    def refuse(self) -> bool:
+        """Have all I/O refused from now on; False when that is so, or nobody can be asked."""
+        shares = [s for s in self.opened if not s.refusing and s.worker.healthy]
+        if shares:
+            self._ask(shares, "remove", "removed", REMOVE_SECONDS, _take, disk=self._disk)
+        return bool(shares)
+
+    def stop(self) -> None:
+        """Have the disk drained and closed."""
+
+        def stopped(worker: WorkerProcess, _message: Message) -> None:
+            share = self.of(worker)
+            assert share is not None
+            share.close()
+
+        within = DRAIN_SECONDS + ANSWER_SECONDS
+        fields = {"disk": self._disk, "seconds": DRAIN_SECONDS}
+        self._ask(self.opened, "stop", "stopped", within, stopped, **fields)
+
+    def kill_silent(self) -> None:
+        """End the workers whose answer is awaited and does not come."""
+        for share in self._all:
+            if self._errand.needs(share.worker) and share.worker.is_silent:
+                share.worker.kill(f"disk {self._disk} must stop and it does not answer")
+
+    def answered(self, share: Share, message: Message) -> None:
+        """Take what may be the answer to a command."""
+        command = self._errand.answered(share.worker, message)
+        if command is None:
+            return
+        error = OSError(message["errno"], message["reason"])
+        if command in ("stop", "release") or (command == "resize" and self._follows(share)):
+            # Whatever it still does to the disk must end before the disk can go on without it.
+            share.worker.kill(f"it cannot {command} disk {self._disk}: {reason(error)}")
+        elif command == "start" and self.opened:
+            self._give_up(share, error)
+        else:
+            self._on_failed(error)
+
+    def removed(self, share: Share) -> bool:
+        """Note that a worker refuses I/O; returns whether it was asked to."""
+        share.refusing = True
+        awaited = self._errand.awaits("removed")
+        if awaited:
+            self._errand.excuse(share.worker)
+        return awaited
+
+    # --- the parts ---
+
+    def _taking_part(self) -> list[Share]:
+        return [share for share in self._all if not share.given_up]
+
+    def _follows(self, share: Share) -> bool:
+        return share is not self._taking_part()[0]
+
+    def _give_up(self, share: Share, error: Exception) -> None:
+        """Do without a worker, if there is another one."""
+        if self._taking_part() == [share]:
+            self._on_failed(error)
+            return
+        share.given_up = reason(error)
+        log.warning(
+            "disk %s does without core %d until it is started again, the others serve it: %s",
+            *(self._disk, share.worker.core, share.given_up),
+        )
+
+    def _ask(
+        self,
+        shares: Sequence[Share],
+        kind: str,
+        answer: str,
+        within: float,
+        take: Callable[[WorkerProcess, Message], None],
+        **fields: Any,
+    ) -> None:
+        workers = [share.worker for share in shares]
+        late = partial(self._unanswered, kind)
+        self._errand.ask(workers, kind, answer, within, take, late, **fields)
+
+    def _unanswered(self, kind: str, worker: WorkerProcess, why: str) -> None:
+        share = self.of(worker)
+        assert share is not None
+        if kind in ("stop", "remove") or (kind == "resize" and self._follows(share)):
+            # Whatever it still does to the disk must end before the disk can go on without it.
+            worker.kill(why)
+        else:
+            share.opened = True  # it may yet do so: have it stopped
+            self._on_failed(DeviceError(errno.ETIMEDOUT, why))
+
+
+def _take(_worker: WorkerProcess, _message: Message) -> None:
+    """Take an answer that says nothing else."""
