@@ -44,7 +44,7 @@ class Share:
     def close(self) -> None:
         """Note that the worker has nothing of the disk any more."""
         self.opened = False  # it has the disk open
-        self.leads = False  # it serves the disk's listeners
+        self.members: list[int] | None = None  # it leads, and gives clients to these cores
         self.refusing = False  # it refuses I/O
         self.statistics: dict[str, int] = {}
 
@@ -52,8 +52,8 @@ class Share:
 class Shares:
     """The shares of a disk, that of its owner first. Methods begin one thing on its errand.
 
-    Who takes part is everyone but those that were given up. The first of them leads: it serves the
-    listeners, and is the one that changes the storage.
+    Who takes part is everyone but those that were given up. One of them leads: it serves the
+    listeners, gives clients to the others, and is the one that changes the storage.
     """
 
     def __init__(
@@ -78,7 +78,9 @@ class Shares:
     @property
     def cores(self) -> tuple[int, ...]:
         """The cores of those that take part, the leader's first."""
-        return tuple(share.worker.core for share in self._taking_part() or self._all)
+        leader = self._leader()
+        cores = (share.worker.core for share in self._taking_part() if share is not leader)
+        return (leader.worker.core, *cores)
 
     @property
     def opened(self) -> list[Share]:
@@ -87,9 +89,14 @@ class Shares:
 
     @property
     def closed(self) -> list[Share]:
-        """Those that have yet to open the disk, or to lead."""
-        shares = self._taking_part()
-        return [s for s in shares if not s.opened or (s is shares[0] and not s.leads)]
+        """Those that have yet to open the disk, or to lead as they should."""
+        members = list(self.cores[1:])
+        leader = self._leader()
+        return [
+            share
+            for share in self._taking_part()
+            if not share.opened or (share is leader and share.members != members)
+        ]
 
     @property
     def refusing(self) -> bool:
@@ -127,8 +134,8 @@ class Shares:
         share = next((s for s in self.closed if s.worker.state == "running"), None)
         if share is None:
             return
-        leader, *members = self._taking_part()
-        leads = share is leader
+        core, *members = self.cores
+        leads = share.worker.core == core
         spec = spec.with_device(None)  # what the worker needs not know changes without it
 
         def started(_worker: WorkerProcess, message: Message) -> None:
@@ -136,7 +143,7 @@ class Shares:
                 size, block_size, flags = (message[k] for k in ("size", "block_size", "flags"))
                 self.geometry = Geometry(size, block_size, flags)
             share.opened = True
-            share.leads = leads
+            share.members = members if leads else None
 
         self._ask(
             [share],
@@ -146,7 +153,7 @@ class Shares:
             started,
             spec=(spec if leads else replace(spec, listen=())).to_message(),
             shared=len(self._all) > 1,
-            members=[member.worker.core for member in members] if leads else [],
+            members=members if leads else [],
         )
 
     def resize(self, size: int, then: Callable[[], None]) -> None:
@@ -154,7 +161,8 @@ class Shares:
 
         On a failure `on_failed` comes instead of `then`.
         """
-        leader, *followers = self._taking_part()
+        leader = self._leader()
+        followers = [share for share in self._taking_part() if share is not leader]
         grows = size >= self.geometry.size
         self._resize([leader, *followers] if grows else [*followers, leader], size, then)
 
@@ -163,13 +171,12 @@ class Shares:
             then()
             return
         share, *others = shares
-        follow = share is not self._taking_part()[0]
 
         def resized(_worker: WorkerProcess, message: Message) -> None:
             self.geometry = replace(self.geometry, size=message["size"])
             self._resize(others, size, then)
 
-        fields = {"disk": self._disk, "size": size, "follow": follow}
+        fields = {"disk": self._disk, "size": size, "follow": self._follows(share)}
         self._ask([share], "resize", "resized", OPEN_SECONDS, resized, **fields)
 
     def refuse(self) -> bool:
@@ -224,8 +231,12 @@ class Shares:
     def _taking_part(self) -> list[Share]:
         return [share for share in self._all if not share.given_up]
 
+    def _leader(self) -> Share:
+        shares = self._taking_part() or self._all
+        return next((share for share in shares if share.members is not None), shares[0])
+
     def _follows(self, share: Share) -> bool:
-        return share is not self._taking_part()[0]
+        return share is not self._leader()
 
     def _give_up(self, share: Share, error: Exception) -> None:
         """Do without a worker, if there is another one."""

@@ -129,7 +129,7 @@ class Worker:
                 )
                 return
             try:
-                self._listen(served, message["members"])
+                self._listen(served)
             except BaseException:
                 self._unlisten(served)
                 served.stop(0, lambda: None)
@@ -140,7 +140,8 @@ class Worker:
         elif served.spec.listen != spec.listen:  # it takes over those of a worker that was given up
             self._unlisten(served)
             served.spec = spec
-            self._listen(served, message["members"])
+            self._listen(served)
+        self._spread(spec.name, message["members"])
         export = served.export
         self._bus.send(
             "started",
@@ -250,10 +251,15 @@ class Worker:
 
     # --- listeners ---
 
-    def _listen(self, served: ServedDisk, members: list[int]) -> None:
-        name = served.spec.name
-        sockets = [descriptor_socket(self._runtime_dir, core) for core in members]
-        self._spreads[name] = ClientSpread(self._reactor, name, sockets)
+    def _spread(self, name: str, cores: list[int]) -> None:
+        """Give the clients of a disk to the workers of `cores` too."""
+        members = [descriptor_socket(self._runtime_dir, core) for core in cores]
+        spread = self._spreads.get(name)
+        if spread is not None:
+            spread.close()
+        self._spreads[name] = ClientSpread(self._reactor, name, members)
+
+    def _listen(self, served: ServedDisk) -> None:
         for address in served.spec.listen:
             if address not in self._listeners:
                 self._listeners[address] = self._open_listeners(address)

@@ -183,7 +183,8 @@ def test_a_disk_without_flush_has_no_cache_to_write_back(server: Server, attache
 
 
 @pytest.mark.parametrize(
-    ("timeout", "connections", "expected"), [(None, 1, 1000), (5, 1, 5000), (None, 2, 10000), (0, 2, 10000), (7, 2, 7000)]
+    ("timeout", "connections", "expected"),
+    [(None, 1, 1000), (5, 1, 5000), (None, 2, 10000), (0, 2, 10000), (7, 2, 7000)],
 )
 def test_requests_are_asked_for_every_second_unless_that_would_fail_slow_ones(
     server: Server, attached: Attach, timeout: int | None, connections: int, expected: int
