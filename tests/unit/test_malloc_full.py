@@ -136,3 +136,36 @@ def test_a_disk_larger_than_the_memory_is_found_again_when_it_is_full() -> None:
             assert access.write(0, b"y" * 512) == 0
         """
     )
+
+
+def test_what_one_worker_trimmed_and_others_took_is_an_error_at_the_other_worker() -> None:
+    in_full_memory(
+        """
+        disk.close()
+        disk, other = (
+            BACKEND.create(
+                "disk", {"size": 64 << 20}, instance="full", reactor=reactor, block_size=512,
+                readonly=False, shared=True,
+            )
+            for _ in range(2)
+        )
+        with serving(disk) as one, serving(other) as two:
+            one, two = Access(one), Access(two)
+            assert two.write(0, b"x" * (4 << 20)) == 0
+            assert one.write(0, b"y" * 4096) == 0
+            assert one.trim(0, 4 << 20) == 0
+            taken = os.open("/dev/shm/other", os.O_CREAT | os.O_WRONLY)
+            try:
+                while True:
+                    os.write(taken, bytes(4096))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+            assert not any(two.read(0, 4 << 20))
+            assert two.write(0, b"y" * 4096) == errno.ENOSPC
+            assert one.write(1 << 20, b"y" * 4096) == errno.ENOSPC
+            os.unlink("/dev/shm/other")
+            os.close(taken)
+            assert two.write(0, b"z" * 4096) == 0
+            assert one.read(0, 4096) == b"z" * 4096
+        """
+    )

@@ -27,7 +27,13 @@ INSTANCE = f"shortcut-{os.getpid()}"
 def disk() -> Iterator[MallocDisk]:
     reactor = Reactor("poll")
     made = BACKEND.create(
-        "disk", {"size": SIZE}, instance=INSTANCE, reactor=reactor, block_size=512, readonly=False
+        "disk",
+        {"size": SIZE},
+        instance=INSTANCE,
+        reactor=reactor,
+        block_size=512,
+        readonly=False,
+        shared=False,
     )
     assert isinstance(made, MallocDisk)
     yield made
