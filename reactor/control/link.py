@@ -114,7 +114,7 @@ class DeviceLink:
         """Note that the worker's ends of all its sockets are gone."""
         for slot in self._slots:
             if slot.share is share:
-                slot.share = None
+                self._lose(slot)
 
     def connection_lost(self, generation: int) -> None:
         """Note that one connection ended while its worker lives."""
@@ -125,9 +125,7 @@ class DeviceLink:
                 log.warning(
                     "device %s lost a connection to core %d", self.path, slot.share.worker.core
                 )
-                slot.share = None
-                if (self._reactor.clock() - self._linked_ns) / 1e9 > STEADY_SECONDS:
-                    self._tries = 0
+                self._lose(slot)
 
     def adopt(self, device: Device, spec: DiskSpec) -> None:
         """Take over a device that the kernel still holds; it carried I/O before."""
@@ -361,6 +359,11 @@ class DeviceLink:
         )
         delivery.slot.share = delivery.share
         delivery.slot.generation = self._generation
+
+    def _lose(self, slot: Slot) -> None:
+        slot.share = None
+        if (self._reactor.clock() - self._linked_ns) / 1e9 > STEADY_SECONDS:
+            self._tries = 0
 
     def _new_slots(self) -> list[Slot]:
         return [Slot(place) for place in range(len(self._shares))]

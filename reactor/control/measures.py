@@ -63,6 +63,7 @@ def _measure_workers(workers: list[WorkerStatus]) -> Iterator[Family]:
 
 def _measure_disks(disks: list[DiskStatus]) -> Iterator[Family]:
     state = Family("nbd_reactor_disk_state", "gauge", "1 for the state that the disk is in.")
+    served = Family("nbd_reactor_disk_core", "gauge", "1 for each core whose worker serves it.")
     size = Family("nbd_reactor_disk_size_bytes", "gauge", "The size of the disk.")
     connections = Family(
         "nbd_reactor_disk_connections", "gauge", "Clients, and sockets of the kernel."
@@ -75,10 +76,12 @@ def _measure_disks(disks: list[DiskStatus]) -> Iterator[Family]:
         name = disk.spec.name
         for possible in get_args(DiskState):
             state.add(int(disk.state == possible), disk=name, state=possible)
+        for core in disk.cores:
+            served.add(1, disk=name, core=str(core))
         size.add(disk.size, disk=name)
         if "connections" in disk.statistics:
             connections.add(disk.statistics["connections"], disk=name)
         for key, family in counters.items():
             if key in disk.statistics:
                 family.add(disk.statistics[key], disk=name)
-    yield from (state, size, connections, *counters.values())
+    yield from (state, served, size, connections, *counters.values())

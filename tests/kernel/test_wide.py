@@ -156,6 +156,21 @@ def test_the_next_controller_takes_the_device_over(service: Start, tmp_path: Pat
     check_each_cpu_has_its_own_worker(again)
 
 
+@smp
+def test_by_ioctl_the_device_comes_back_after_a_worker_died(service: Start, tmp_path: Path) -> None:
+    running = service(wide(tmp_path, "malloc", ", attach: ioctl"), cores="0-3")
+    for _ in range(2):
+        with verifying_from_all_cpus(loops=1) as fio:
+            check_verified(fio)
+        old = running.workers()[3]
+        old.kill()
+        running.await_true(lambda old=old: running.workers().get(3, old) != old)
+        running.await_state("w", "online")
+    check_each_cpu_has_its_own_worker(running)
+    assert running.stop() == 0
+    assert not attached("/dev/nbd0")
+
+
 @pytest.mark.parametrize("backend", ["malloc", "file"])
 def test_on_one_cpu_it_is_like_any_other(service: Start, tmp_path: Path, backend: str) -> None:
     running = service(wide(tmp_path, backend))

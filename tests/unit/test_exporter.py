@@ -61,6 +61,7 @@ def test_the_page_holds_the_counters_of_disks_and_workers(address: tuple[str, in
         'nbd_reactor_disk_reads_total{disk="ram0"} 3',
         'nbd_reactor_disk_read_bytes_total{disk="ram0"} 12288',
         'nbd_reactor_disk_connections{disk="ram0"} 1',
+        'nbd_reactor_disk_core{disk="ram0",core="0"} 1',
         'nbd_reactor_disk_state{disk="ram0",state="online"} 1',
         'nbd_reactor_disk_state{disk="ram0",state="failed"} 0',
         'nbd_reactor_disk_size_bytes{disk="ram0"} 1048576',
