@@ -132,6 +132,30 @@ def test_a_claimed_device_is_refused_for_writing(
     assert problem(opened, path) == (errno.EBUSY, text)
 
 
+def test_a_device_is_shared_by_the_workers_of_one_disk(
+    tmp_path: Path, device: Device, opened: Open
+) -> None:
+    path = device(tmp_path / "backing", MIB)
+    taken = (errno.EBUSY, "is mounted, or in use by another program")
+    holder = Opened(path, shared=True)
+    opened(path, shared=True)
+    assert problem(opened, path) == taken
+    assert problem(opened, path, shared=True, name="other") == taken
+    holder.close()
+    opened(path, shared=True)  # it is the new holder
+    assert problem(opened, path) == taken
+    assert problem(opened, path, shared=True, name="other") == taken
+
+
+def test_a_device_of_another_program_is_not_shared(
+    tmp_path: Path, device: Device, opened: Open
+) -> None:
+    path = device(tmp_path / "backing", MIB)
+    opened(path)
+    taken = (errno.EBUSY, "is mounted, or in use by another program")
+    assert problem(opened, path, shared=True) == taken
+
+
 def test_a_device_is_shown_whole_or_in_part(tmp_path: Path, device: Device, opened: Open) -> None:
     path = device(tmp_path / "backing", MIB)
     text = f"has only {MIB} bytes, not {2 * MIB}"

@@ -16,10 +16,8 @@ from backends import sharedmemory
 from backends.linux import is_range_locked, lock_range, unlock_range
 from backends.sharedmemory import CHUNK, DATA, PAGE, SharedMemory
 from tests.unit.file_disks import MIB, Open, Opened, opening, problem
-from tests.unit.test_file_devices import device as device  # noqa: PLC0414 - a fixture
 
 IN_USE = (errno.EBUSY, "is in use by another disk or service")
-TAKEN = (errno.EBUSY, "is mounted, or in use by another program")
 Kind = dict[str, Any]
 NARROW: Kind = {}
 READER: Kind = {"readonly": True}
@@ -116,28 +114,6 @@ def test_a_worker_that_follows_a_smaller_size_does_not_think_the_file_is_lost(
     leader.disk.resize(2 * MIB)
     follower.disk.follow(2 * MIB)
     assert follower.requester.read(MIB, MIB) == bytes(MIB)
-
-
-# --- devices ---
-
-
-def test_a_device_is_shared_by_the_workers_of_one_disk(
-    tmp_path: Path, device: Any, opened: Open
-) -> None:
-    path = device(tmp_path / "backing", MIB)
-    holder = Opened(path, shared=True)
-    opened(path, shared=True)
-    assert problem(opened, path) == TAKEN
-    assert problem(opened, path, shared=True, name="other") == TAKEN
-    holder.close()
-    opened(path, shared=True)  # it is the new holder
-    assert problem(opened, path) == TAKEN
-
-
-def test_a_device_of_another_user_is_not_shared(tmp_path: Path, device: Any, opened: Open) -> None:
-    path = device(tmp_path / "backing", MIB)
-    opened(path)
-    assert problem(opened, path, shared=True) == TAKEN
 
 
 # --- memory ---
