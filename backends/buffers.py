@@ -11,61 +11,70 @@ from reactor.protocol.wire import MAX_PAYLOAD
 
 POOL_BYTES_MAX: Final = 2 * MAX_PAYLOAD  # per channel, in use and free together
 FREE_BYTES_MAX: Final = 8 << 20  # per channel; what is freed above goes back to the system
-SMALLEST_ORDER: Final = 12  # buffers are powers of two, from one page on
+PAGE_BITS: Final = 12  # buffers are powers of two, from one page on
 
 
 class AlignedBuffer:
     """Memory of its own mapping: `view` for Python, `address` for the kernel."""
 
-    __slots__ = ("_pool", "address", "order", "view")
+    __slots__ = ("_free", "_pool", "address", "size", "view")
 
-    def __init__(self, pool: BufferPool, order: int) -> None:
+    def __init__(self, pool: BufferPool, size: int, free: list[AlignedBuffer]) -> None:
         self._pool = pool
-        self.order = order
+        self._free = free
+        self.size = size
         # The mapping ends with its last view: what was lent stays valid, whoever closes first.
-        self.view = memoryview(mmap.mmap(-1, 1 << order, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self.view = memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))
 
     def release(self) -> None:
         """Give the buffer back to its pool; to be called once."""
-        self._pool.put(self)
+        pool, size = self._pool, self.size
+        if pool.free_bytes + size <= FREE_BYTES_MAX:
+            pool.free_bytes += size
+            self._free.append(self)
+        else:
+            pool.total_bytes -= size
+        if pool.exhausted:
+            pool.exhausted = False
+            pool.on_room()
 
 
 class BufferPool:
-    """Buffers for one channel, at most `POOL_BYTES_MAX`; `on_put` hears of each that comes back."""
+    """Buffers for one channel, at most `POOL_BYTES_MAX`, in use and free together.
 
-    def __init__(self, on_put: Callable[[], None]) -> None:
-        self._on_put = on_put
-        self._free: list[list[AlignedBuffer]] = [[] for _ in range(POOL_BYTES_MAX.bit_length())]
-        self._free_bytes = 0
-        self.used_bytes = 0
+    `on_room` is called when a buffer came back after one was refused.
+    """
+
+    def __init__(self, on_room: Callable[[], None]) -> None:
+        self.on_room = on_room
+        self.total_bytes = 0
+        self.free_bytes = 0
+        self.exhausted = False  # a buffer was refused, and none has come back since
+        # By the bits of the largest index into a buffer; all that fit a page share one list.
+        page: list[AlignedBuffer] = []
+        larger = range(PAGE_BITS, (MAX_PAYLOAD - 1).bit_length())
+        self._free = [page] * (PAGE_BITS + 1) + [list[AlignedBuffer]() for _ in larger]
 
     def take(self, length: int) -> AlignedBuffer | None:
         """Return a buffer of at least `length` bytes, None when there is no room now."""
-        order = max(SMALLEST_ORDER, (length - 1).bit_length())
-        size = 1 << order
-        if self._free[order]:
-            self._free_bytes -= size
-            buffer = self._free[order].pop()
-        elif self.used_bytes + size > POOL_BYTES_MAX:
-            return None
-        else:
-            if self.used_bytes + self._free_bytes + size > POOL_BYTES_MAX:
-                self._drop_free()
-            buffer = AlignedBuffer(self, order)
-        self.used_bytes += size
-        return buffer
-
-    def put(self, buffer: AlignedBuffer) -> None:
-        """Take a buffer back."""
-        size = 1 << buffer.order
-        self.used_bytes -= size
-        if self._free_bytes + size <= FREE_BYTES_MAX:
-            self._free_bytes += size
-            self._free[buffer.order].append(buffer)
-        self._on_put()
+        bits = (length - 1).bit_length()
+        free = self._free[bits]
+        if free:
+            buffer = free.pop()
+            self.free_bytes -= buffer.size
+            return buffer
+        size = 1 << max(PAGE_BITS, bits)
+        if self.total_bytes + size > POOL_BYTES_MAX:
+            self._drop_free()
+            if self.total_bytes + size > POOL_BYTES_MAX:
+                self.exhausted = True
+                return None
+        self.total_bytes += size
+        return AlignedBuffer(self, size, free)
 
     def _drop_free(self) -> None:
         for free in self._free:
             free.clear()
-        self._free_bytes = 0
+        self.total_bytes -= self.free_bytes
+        self.free_bytes = 0

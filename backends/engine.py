@@ -10,16 +10,20 @@ from backends.buffers import AlignedBuffer
 
 DEPTH: Final = 256  # operations in flight per engine
 
-#: Takes an operation's tag and its result: the bytes done, or minus an errno.
-Finished: TypeAlias = Callable[[Any, int], None]
+#: What an operation carries: its first item is called with the result (the bytes done, or minus an
+#: errno) and the tag itself.
+Tag: TypeAlias = tuple[Any, ...]
+#: Called after some operations ended: there is room for others.
+OnRoom: TypeAlias = Callable[[], None]
 
 
 class Engine(ABC):
-    """Operations on one file descriptor, each of which ends in one call of `finished`.
+    """Operations on one file descriptor, each of which ends in one call of its tag's first item.
 
-    `finished` is called in the loop, never from inside the methods here. The caller keeps
+    That call comes from the loop, never from inside the methods here. The caller keeps
     `in_flight` below `depth`, and lets the engine have a buffer until its operation ended.
-    What a turn queues starts together at its end; `rounds` counts these starts.
+    What was queued starts together, at the end of the turn at the latest; `rounds` counts these
+    starts.
     """
 
     depth: int
@@ -27,7 +31,7 @@ class Engine(ABC):
     rounds: int = 0
 
     @abstractmethod
-    def read(self, buffer: AlignedBuffer, start: int, length: int, offset: int, tag: Any) -> None:
+    def read(self, buffer: AlignedBuffer, start: int, length: int, offset: int, tag: Tag) -> None:
         """Read `length` bytes at `offset` into `buffer`, from its byte `start` on."""
 
     @abstractmethod
@@ -37,15 +41,15 @@ class Engine(ABC):
         """Write `length` bytes of `buffer`, from its byte `start` on; `flags` are RWF_*."""
 
     @abstractmethod
-    def datasync(self, tag: Any) -> None:
+    def datasync(self, tag: Tag) -> None:
         """Make what was written durable, as fdatasync does."""
 
     @abstractmethod
-    def allocate(self, mode: int, offset: int, length: int, tag: Any) -> None:
+    def allocate(self, mode: int, offset: int, length: int, tag: Tag) -> None:
         """Punch, zero or allocate a range as fallocate does; `mode` is FALLOC_FL_*."""
 
     @abstractmethod
-    def will_need(self, offset: int, length: int, tag: Any) -> None:
+    def will_need(self, offset: int, length: int, tag: Tag) -> None:
         """Start to bring a range into the page cache."""
 
     @abstractmethod

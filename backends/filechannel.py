@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from backends.api import (
     DONE,
@@ -19,7 +19,7 @@ from backends.api import (
     Request,
 )
 from backends.buffers import AlignedBuffer, BufferPool
-from backends.engine import Engine, Finished
+from backends.engine import Engine, OnRoom, Tag
 from backends.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, discard
 from backends.threads import Threads
 from backends.uring import Ring
@@ -56,17 +56,17 @@ log = logger(__name__)
 _warned: set[str] = set()
 
 
-def open_engine(reactor: Reactor, fd: int, finished: Finished) -> Engine:
+def open_engine(reactor: Reactor, fd: int, on_room: OnRoom) -> Engine:
     """Return io_uring for `fd`, or threads where the kernel or a sandbox refuses it."""
     try:
-        return Ring(reactor, fd, finished)
+        return Ring(reactor, fd, on_room)
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOMEM):
             raise
         if not _warned:
             _warned.add("io_uring")
             log.warning("no io_uring (%s): slower threads do the I/O of files", reason(error))
-        return Threads(reactor, fd, finished)
+        return Threads(reactor, fd, on_room)
 
 
 class FileChannel(Channel):
@@ -76,7 +76,7 @@ class FileChannel(Channel):
         self,
         disk: FileDisk,
         reactor: Reactor,
-        make_engine: Callable[[Reactor, int, Finished], Engine] = open_engine,
+        make_engine: Callable[[Reactor, int, OnRoom], Engine] = open_engine,
     ) -> None:
         super().__init__(disk)
         self.kick_due = False
@@ -85,8 +85,8 @@ class FileChannel(Channel):
         self._reactor = reactor
         self._clock = reactor.clock
         self._pool = BufferPool(self._on_room)
-        self._engine = make_engine(reactor, disk.fd, self._finished)
-        self._discards = Threads(reactor, disk.fd, self._finished, threads=1)
+        self._engine = make_engine(reactor, disk.fd, self._on_room)
+        self._discards = Threads(reactor, disk.fd, self._on_room, threads=1)
         self._resuming = False
         self._stalled_until = 0
         self._instead: Mapping[int, tuple[int, ...]] = (
@@ -143,7 +143,10 @@ class FileChannel(Channel):
             raise self.refuse(owner)
 
     def _buffer(self, length: int, owner: Owner) -> AlignedBuffer:
-        self._admit(self._engine, owner)
+        engine = self._engine
+        # As in _admit, without its call.
+        if engine.in_flight >= engine.depth or (self._waiting and not self._resuming):
+            raise self.refuse(owner)
         buffer = self._pool.take(length)
         if buffer is None:
             raise self.refuse(owner)
@@ -188,7 +191,7 @@ class FileChannel(Channel):
         tag = (self._read_done, request, owner, buffer, 0)
         self._engine.read(buffer, 0, length, request[OFFSET], tag)
 
-    def _read_done(self, result: int, tag: Any) -> None:
+    def _read_done(self, result: int, tag: Tag) -> None:
         _, request, owner, buffer, start = tag
         length = request[LENGTH]
         done = start + result
@@ -238,7 +241,7 @@ class FileChannel(Channel):
         offset = request[OFFSET] + start
         self._engine.write(buffer, start, request[LENGTH] - start, offset, flags, tag)
 
-    def _write_done(self, result: int, tag: Any) -> None:
+    def _write_done(self, result: int, tag: Tag) -> None:
         _, request, owner, buffer, start = tag
         done = start + result
         if done == request[LENGTH]:
@@ -279,7 +282,7 @@ class FileChannel(Channel):
         self._sync_round = self._engine.rounds
         self._engine.datasync((self._sync_done,))
 
-    def _sync_done(self, result: int, _tag: Any) -> None:
+    def _sync_done(self, result: int, _tag: Tag) -> None:
         answered = self._syncing
         self._syncing, self._next_sync = self._next_sync, []
         if result < 0:
@@ -320,7 +323,7 @@ class FileChannel(Channel):
             self._admit(self._engine, owner)
             self._engine.allocate(PUNCH, offset, length, tag)
 
-    def _trimmed(self, result: int, tag: Any) -> None:
+    def _trimmed(self, result: int, tag: Tag) -> None:
         _, request, owner = tag
         self._end(request, owner, result)
 
@@ -333,7 +336,7 @@ class FileChannel(Channel):
         tag = (self._zeroed, request, owner, modes)
         self._engine.allocate(modes[0], request[OFFSET], request[LENGTH], tag)
 
-    def _zeroed(self, result: int, tag: Any) -> None:
+    def _zeroed(self, result: int, tag: Tag) -> None:
         _, request, owner, modes = tag
         following = modes[1:]
         if result == -errno.EOPNOTSUPP:
@@ -363,14 +366,9 @@ class FileChannel(Channel):
         tag = (self._cached, request, owner)
         self._engine.will_need(request[OFFSET], request[LENGTH], tag)
 
-    def _cached(self, _result: int, tag: Any) -> None:
+    def _cached(self, _result: int, tag: Tag) -> None:
         _, request, owner = tag
         owner.complete(request, 0, DONE)  # a hint: whether it could be followed is no matter
-
-    def _finished(self, tag: Any, result: int) -> None:
-        tag[0](result, tag)
-        if self._waiting:
-            self._reactor.mark_kick(self)
 
     def _fail(self, request: Request, owner: Owner, number: int) -> None:
         self._file.suspect()

@@ -11,13 +11,13 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 from backends.buffers import AlignedBuffer
-from backends.engine import DEPTH, Engine, Finished
+from backends.engine import DEPTH, Engine, OnRoom, Tag
 from backends.linux import fallocate
 from reactor.loop import Reactor
 
 THREADS: Final = 4
 
-Job = tuple[Callable[..., int | None], tuple[Any, ...], Any]
+Job = tuple[Callable[..., int | None], tuple[Any, ...], Tag]
 
 
 class Threads(Engine):
@@ -26,38 +26,38 @@ class Threads(Engine):
     depth = DEPTH
 
     def __init__(
-        self, reactor: Reactor, fd: int, finished: Finished, *, threads: int = THREADS
+        self, reactor: Reactor, fd: int, on_room: OnRoom, *, threads: int = THREADS
     ) -> None:
         self.kick_due = False
         self._reactor = reactor
         self._fd = fd
-        self._finished = finished
+        self._on_room = on_room
         self._threads_max = threads
         self._threads: list[threading.Thread] = []
         self._queued: list[Job] = []
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._results: deque[tuple[Any, int]] = deque()
+        self._results: deque[tuple[Tag, int]] = deque()
 
-    def read(self, buffer: AlignedBuffer, start: int, length: int, offset: int, tag: Any) -> None:
+    def read(self, buffer: AlignedBuffer, start: int, length: int, offset: int, tag: Tag) -> None:
         self.call(os.preadv, (self._fd, (buffer.view[start : start + length],), offset), tag)
 
     def write(
-        self, buffer: AlignedBuffer, start: int, length: int, offset: int, flags: int, tag: Any
+        self, buffer: AlignedBuffer, start: int, length: int, offset: int, flags: int, tag: Tag
     ) -> None:
         data = (buffer.view[start : start + length],)
         self.call(os.pwritev, (self._fd, data, offset, flags), tag)
 
-    def datasync(self, tag: Any) -> None:
+    def datasync(self, tag: Tag) -> None:
         self.call(os.fdatasync, (self._fd,), tag)
 
-    def allocate(self, mode: int, offset: int, length: int, tag: Any) -> None:
+    def allocate(self, mode: int, offset: int, length: int, tag: Tag) -> None:
         self.call(fallocate, (self._fd, mode, offset, length), tag)
 
-    def will_need(self, offset: int, length: int, tag: Any) -> None:
+    def will_need(self, offset: int, length: int, tag: Tag) -> None:
         self.call(os.posix_fadvise, (self._fd, offset, length, os.POSIX_FADV_WILLNEED), tag)
 
     def call(
-        self, function: Callable[..., int | None], arguments: tuple[Any, ...], tag: Any
+        self, function: Callable[..., int | None], arguments: tuple[Any, ...], tag: Tag
     ) -> None:
         """Call `function(*arguments)` in a thread; None as its result counts as 0."""
         self.in_flight += 1
@@ -104,4 +104,5 @@ class Threads(Engine):
         for _ in range(len(self._results)):
             tag, result = self._results.popleft()
             self.in_flight -= 1
-            self._finished(tag, result)
+            tag[0](result, tag)
+        self._on_room()

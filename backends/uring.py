@@ -1,4 +1,4 @@
-"""A small binding to io_uring: a ring for one file, entered at most once per turn of the reactor.
+"""A small binding to io_uring: a ring for one file, entered once for several operations.
 
 The interface is the kernel's include/uapi/linux/io_uring.h. No SQPOLL: its thread would take a
 core away from a worker. Everything here happens in the reactor's thread.
@@ -16,7 +16,7 @@ from struct import Struct
 from typing import Any, Final
 
 from backends.buffers import AlignedBuffer
-from backends.engine import DEPTH, Engine, Finished
+from backends.engine import DEPTH, Engine, OnRoom, Tag
 from reactor.loop import Reactor
 
 SYS_IO_URING_SETUP: Final = 425  # the same on every architecture but alpha
@@ -53,6 +53,10 @@ CQE: Final = Struct("=QiI")  # struct io_uring_cqe: user_data res flags
 SQE_SIZE: Final = SQE.size
 CQE_SIZE: Final = CQE.size
 WRAP: Final = 0xFFFFFFFF  # the rings' indexes are 32-bit counters
+# Transfers start before the end of the turn when so many wait, or as many as the device may have:
+# it works while we queue the next. Direct I/O at depth 32: 1.1 times the reads, 1.47 the writes.
+SUBMIT_AT: Final = 16
+TRANSFERS: Final = frozenset({IORING_OP_READ, IORING_OP_WRITE})
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _setup = _libc["syscall"]
@@ -73,11 +77,11 @@ class Ring(Engine):
     while at most `depth` operations are in flight.
     """
 
-    def __init__(self, reactor: Reactor, fd: int, finished: Finished) -> None:
+    def __init__(self, reactor: Reactor, fd: int, on_room: OnRoom) -> None:
         self.kick_due = False
         self._reactor = reactor
         self._fd = fd
-        self._finished = finished
+        self._on_room = on_room
         self._queued = 0
         self._tail = self._head = 0  # the queues' indexes, ours to move: a new ring's are 0
         self._ring_fd, params = _set_up(DEPTH)
@@ -105,41 +109,34 @@ class Ring(Engine):
             self._event_fd, self._on_event, name="io_uring", events=select.EPOLLIN | select.EPOLLET
         )
 
-    def read(self, buffer: AlignedBuffer, start: int, length: int, offset: int, tag: Any) -> None:
+    def read(self, buffer: AlignedBuffer, start: int, length: int, offset: int, tag: Tag) -> None:
         self._queue(IORING_OP_READ, offset, buffer.address + start, length, 0, tag)
 
     def write(
-        self, buffer: AlignedBuffer, start: int, length: int, offset: int, flags: int, tag: Any
+        self, buffer: AlignedBuffer, start: int, length: int, offset: int, flags: int, tag: Tag
     ) -> None:
         self._queue(IORING_OP_WRITE, offset, buffer.address + start, length, flags, tag)
 
-    def datasync(self, tag: Any) -> None:
+    def datasync(self, tag: Tag) -> None:
         self._queue(IORING_OP_FSYNC, 0, 0, 0, IORING_FSYNC_DATASYNC, tag)
 
-    def allocate(self, mode: int, offset: int, length: int, tag: Any) -> None:
+    def allocate(self, mode: int, offset: int, length: int, tag: Tag) -> None:
         self._queue(IORING_OP_FALLOCATE, offset, length, mode, 0, tag)
 
-    def will_need(self, offset: int, length: int, tag: Any) -> None:
+    def will_need(self, offset: int, length: int, tag: Tag) -> None:
         self._queue(IORING_OP_FADVISE, offset, 0, length, os.POSIX_FADV_WILLNEED, tag)
 
     def kick(self) -> None:
-        """Submit what the turn queued and take what has completed, in one system call."""
+        """Submit what is still queued and take what has completed, in one system call."""
         if self._ring_fd < 0:  # closed since it was marked
             return
-        self.rounds += 1
-        words = self._words
-        # The kernel reads the tail in this thread, inside the call: no barrier is needed.
-        words[self._sq_tail] = self._tail
-        done = _enter(
-            SYS_IO_URING_ENTER, self._ring_fd, self._queued, 0, IORING_ENTER_GETEVENTS, None, 0
-        )
-        if done >= 0:
-            self._queued -= done
-        elif ctypes.get_errno() not in (errno.EAGAIN, errno.EBUSY, errno.EINTR):
-            _check(done)
+        if self._queued or self._words[self._sq_flags] & IORING_SQ_TASKRUN:
+            done = self._start(IORING_ENTER_GETEVENTS)
+            if done < 0 and ctypes.get_errno() not in (errno.EAGAIN, errno.EBUSY, errno.EINTR):
+                _check(done)
         self._reap()
         # Either the kernel was short of memory, or it left completions for another round.
-        if self._queued or words[self._sq_flags] & IORING_SQ_TASKRUN:
+        if self._queued or self._has_completed():
             self._reactor.mark_kick(self)
 
     def close(self) -> None:
@@ -147,7 +144,7 @@ class Ring(Engine):
         self._release()
 
     def _queue(
-        self, opcode: int, offset: int, address: int, length: int, flags: int, tag: Any
+        self, opcode: int, offset: int, address: int, length: int, flags: int, tag: Tag
     ) -> None:
         slot = self._free.pop()
         self._tags[slot] = tag
@@ -159,26 +156,44 @@ class Ring(Engine):
         self._tail = (tail + 1) & WRAP
         self._queued += 1
         self.in_flight += 1
+        queued = self._queued
+        if (queued * 2 >= self.in_flight or queued >= SUBMIT_AT) and opcode in TRANSFERS:
+            self._start(0)  # should it fail, `kick` will say so
         if not self.kick_due:
             self._reactor.mark_kick(self)
 
+    def _start(self, flags: int) -> int:
+        """Enter the kernel; returns how many operations it took, less than 0 when it failed."""
+        self.rounds += 1
+        # The kernel reads the tail in this thread, inside the call: no barrier is needed.
+        self._words[self._sq_tail] = self._tail
+        done: int = _enter(SYS_IO_URING_ENTER, self._ring_fd, self._queued, 0, flags, None, 0)
+        if done > 0:
+            self._queued -= done
+        return done
+
+    def _has_completed(self) -> bool:
+        words = self._words
+        return words[self._cq_tail] != self._head or words[self._sq_flags] & IORING_SQ_TASKRUN != 0
+
     def _on_event(self, _events: int) -> bool:
         # Completions that `kick` has taken meanwhile raised the event as well.
-        words = self._words
-        if words[self._cq_tail] == self._head and not words[self._sq_flags] & IORING_SQ_TASKRUN:
+        if not self._has_completed():
             return False
         self._reactor.mark_kick(self)
         return True
 
     def _reap(self) -> None:
-        tags, free, finished, unpack = self._tags, self._free, self._finished, CQE.unpack_from
         words, rings, cqes, mask = self._words, self._rings, self._cqes, self._cq_mask
         head = self._head
         # CPUs that reorder loads might read an entry before the tail that announces it. Completions
-        # are posted inside the system call above, which orders them; those that a plain ring posts
+        # are posted inside our system calls, which orders them; those that a plain ring posts
         # meanwhile are safe too, as the interpreter lies between these loads: no CPU looks ahead
         # over so many instructions.
         tail = words[self._cq_tail]
+        if head == tail:
+            return
+        tags, free, unpack = self._tags, self._free, CQE.unpack_from
         while head != tail:
             slot, result, _flags = unpack(rings, cqes + (head & mask) * CQE_SIZE)
             head = (head + 1) & WRAP
@@ -186,8 +201,9 @@ class Ring(Engine):
             tags[slot] = None
             free.append(slot)
             self.in_flight -= 1
-            finished(tag, result)
+            tag[0](result, tag)
         self._head = words[self._cq_head] = head
+        self._on_room()
 
     def _map(self, params: tuple[int, ...]) -> None:
         needed = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_RW_CUR_POS

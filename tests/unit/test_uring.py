@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from backends import uring
 from backends.buffers import FREE_BYTES_MAX, POOL_BYTES_MAX, AlignedBuffer, BufferPool
 from backends.engine import Engine
 from backends.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from backends.threads import Threads
-from backends.uring import Ring
+from backends.uring import SUBMIT_AT, Ring
 from reactor.loop import Reactor
 from tests.submitting import turn_until
 
@@ -35,7 +37,8 @@ class Bench:
         self.reactor = Reactor("interrupt")
         self.results: list[tuple[Any, int]] = []
         self.pool = BufferPool(lambda: None)
-        self.engine: Engine = make(self.reactor, self.fd, lambda *done: self.results.append(done))
+        self.rooms: list[int] = []
+        self.engine: Engine = make(self.reactor, self.fd, self.note_room)
 
     def buffer(self, length: int) -> AlignedBuffer:
         buffer = self.pool.take(length)
@@ -45,11 +48,20 @@ class Bench:
     def wait(self) -> None:
         turn_until(self.reactor, lambda: not self.engine.in_flight)
 
+    def note_room(self) -> None:
+        self.rooms.append(self.engine.in_flight)
+
+    def note(self, result: int, tag: tuple[Any, ...]) -> None:
+        self.results.append((tag[1], result))
+
+    def read(self, buffer: AlignedBuffer, offset: int, name: object = None) -> None:
+        self.engine.read(buffer, 0, 4096, offset, (self.note, name, buffer))
+
     def result(self, start: Callable[..., None], *arguments: Any) -> int:
-        start(*arguments, "tag")
+        start(*arguments, (self.note, "name"))
         self.wait()
-        ((tag, result),) = self.results
-        assert tag == "tag"
+        ((name, result),) = self.results
+        assert name == "name"
         self.results.clear()
         return result
 
@@ -57,6 +69,20 @@ class Bench:
         self.engine.close()
         self.reactor.close()
         os.close(self.fd)
+
+
+@pytest.fixture
+def ring(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(Ring, tmp_path / "file")
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def threads(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(Threads, tmp_path / "file")
+    yield bench
+    bench.close()
 
 
 @pytest.fixture(params=[Ring, Threads])
@@ -117,7 +143,7 @@ def test_every_operation_of_a_full_engine_ends_once(bench: Bench) -> None:
     buffers = [bench.buffer(4096) for _ in range(depth)]
     for _ in range(5):  # more often than the queues have entries
         for index, buffer in enumerate(buffers):
-            bench.engine.read(buffer, 0, 4096, index * 4096 % MIB, index)
+            bench.read(buffer, index * 4096 % MIB, index)
         bench.wait()
         assert sorted(bench.results) == [(index, 4096) for index in range(depth)]
         bench.results.clear()
@@ -125,13 +151,65 @@ def test_every_operation_of_a_full_engine_ends_once(bench: Bench) -> None:
         assert buffer.view == bench.content[index * 4096 % MIB :][:4096]
 
 
-def test_what_a_turn_queues_starts_in_one_round(bench: Bench) -> None:
-    for _ in range(32):
-        bench.engine.read(bench.buffer(4096), 0, 4096, 0, None)
-    before = bench.engine.rounds
-    bench.reactor.turn()
-    assert bench.engine.rounds == before + 1
-    bench.wait()
+def test_threads_start_together_what_a_turn_queues(threads: Bench) -> None:
+    for count in range(32):
+        threads.read(threads.buffer(4096), 4096 * count)
+    assert threads.engine.rounds == 0
+    threads.reactor.turn()
+    assert threads.engine.rounds == 1
+    threads.wait()
+    assert len(threads.results) == 32
+
+
+def test_a_ring_starts_some_while_others_are_still_queued(ring: Bench) -> None:
+    starts, rounds = [], 0
+    for count in range(1, 4 * SUBMIT_AT + 1):
+        ring.read(ring.buffer(4096), 4096 * count)
+        if ring.engine.rounds > rounds:
+            rounds += 1
+            starts.append(count)
+    assert ring.engine.rounds == rounds
+    assert starts == [1, 2, 4, 8, 16, 32, 48, 64]
+    assert not ring.results  # they may have ended, but are reported by the loop
+    ring.wait()
+    assert [result for _, result in ring.results] == [4096] * 4 * SUBMIT_AT
+
+
+def test_a_sync_waits_for_others_to_share_it(ring: Bench) -> None:
+    ring.engine.datasync((ring.note, "sync"))
+    assert ring.engine.rounds == 0
+    ring.reactor.turn()
+    assert ring.engine.rounds > 0
+    ring.wait()
+    assert ring.results == [("sync", 0)]
+
+
+def test_a_ring_that_has_it_all_in_memory_takes_it_without_a_system_call(ring: Bench) -> None:
+    for count in range(4):
+        ring.read(ring.buffer(4096), 4096 * count)  # from the page cache: done when it starts
+    before = ring.engine.rounds
+    ring.reactor.turn()
+    assert len(ring.results) == 4
+    assert ring.engine.rounds == before
+
+
+def test_a_start_that_the_kernel_has_no_memory_for_is_tried_again(
+    ring: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = uring._enter, []
+
+    def enter(*arguments: object) -> int:
+        if len(failed) < 3:
+            failed.append(arguments)
+            ctypes.set_errno(errno.EAGAIN)
+            return -1
+        return real(*arguments)
+
+    monkeypatch.setattr(uring, "_enter", enter)
+    for count in range(SUBMIT_AT + 1):
+        ring.read(ring.buffer(4096), 4096 * count)
+    ring.wait()
+    assert [result for _, result in ring.results] == [4096] * (SUBMIT_AT + 1)
 
 
 def test_starts_more_from_inside_a_completion(bench: Bench) -> None:
@@ -142,11 +220,17 @@ def test_starts_more_from_inside_a_completion(bench: Bench) -> None:
         nonlocal left
         left -= 1
         if left:
-            bench.engine.read(buffer, 0, 4096, left * 512, None)
+            bench.engine.read(buffer, 0, 4096, left * 512, (again,))
 
-    bench.engine._finished = again  # type: ignore[attr-defined]
-    bench.engine.read(buffer, 0, 4096, 0, None)
+    bench.engine.read(buffer, 0, 4096, 0, (again,))
     turn_until(bench.reactor, lambda: not left)
+
+
+def test_room_is_told_after_operations_have_ended(bench: Bench) -> None:
+    bench.read(bench.buffer(4096), 0)
+    assert not bench.rooms
+    bench.wait()
+    assert bench.rooms == [0]  # in flight at that time
 
 
 def test_an_idle_engine_lets_the_loop_sleep(bench: Bench) -> None:
@@ -185,9 +269,9 @@ def test_a_ring_without_descriptors_fails_and_leaves_none(tmp_path: Path) -> Non
         held += _all_descriptors()
         for _ in range(4):  # a ring needs four: at each shortage it must clean up
             with pytest.raises(OSError, match="Too many open files"):
-                Ring(reactor, 0, lambda *_: None)
+                Ring(reactor, 0, lambda: None)
             os.close(held.pop())
-        Ring(reactor, 0, lambda *_: None).close()
+        Ring(reactor, 0, lambda: None).close()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for fd in held:
@@ -267,16 +351,18 @@ def test_buffers_are_aligned_and_large_enough() -> None:
 
 
 def test_the_pool_has_a_bound_and_says_when_it_has_room_again() -> None:
-    returned: list[bool] = []
-    pool = BufferPool(lambda: returned.append(True))
+    told: list[bool] = []
+    pool = BufferPool(lambda: told.append(True))
     taken = []
     while buffer := pool.take(32 * MIB):
         taken.append(buffer)
     assert len(taken) == POOL_BYTES_MAX // (32 * MIB)
     assert pool.take(1) is None
     taken.pop().release()
-    assert returned == [True]
+    assert told == [True]
     assert pool.take(1) is not None
+    taken.pop().release()
+    assert told == [True]  # nobody was refused since
 
 
 def test_free_buffers_do_not_keep_others_from_being_made() -> None:
@@ -285,10 +371,11 @@ def test_free_buffers_do_not_keep_others_from_being_made() -> None:
     for buffer in small:
         assert buffer is not None
         buffer.release()
-    assert pool._free_bytes == FREE_BYTES_MAX
+    assert pool.total_bytes == pool.free_bytes == FREE_BYTES_MAX
     large = [pool.take(32 * MIB) for _ in range(POOL_BYTES_MAX // (32 * MIB))]
     assert None not in large
-    assert pool._free_bytes == 0
+    assert pool.free_bytes == 0
+    assert pool.total_bytes == POOL_BYTES_MAX
 
 
 def test_a_lent_view_outlives_its_pool() -> None:
