@@ -27,7 +27,7 @@ Mode: TypeAlias = Literal["adaptive", "poll", "interrupt"]
 MODES: Final[tuple[Mode, ...]] = ("adaptive", "poll", "interrupt")
 
 EVENTS_PER_TURN: Final = 64
-SPIN_NS: Final = 50_000  # how long `adaptive` looks again before it sleeps
+SPIN_NS: Final = 50_000  # how long `adaptive` looks again after an answer before it sleeps
 SPIN_MISSES_MAX: Final = 8  # in a row; then it sleeps at once
 SPIN_REST: Final = 64  # busy turns until it looks again
 NEVER: Final = -1.0
@@ -57,8 +57,8 @@ class Flushable(Protocol):
 
     flush_due: bool
 
-    def flush(self) -> None:
-        """Send it."""
+    def flush(self) -> bool:
+        """Send it; returns whether there was something to send."""
 
 
 class Poller:
@@ -239,25 +239,29 @@ class Reactor:
         if self._kicks:
             busy = True
             self._run_kicks()
+        sent = False
         if self._flushes:
             busy = True
-            self._run_flushes()
+            sent = self._run_flushes()
         self.turns += 1
         if busy:
             began, self._now = self._now, self.clock()
             self.busy_ns += self._now - began
             if self.mode == "adaptive":
-                self._plan_spin(hit=spinning)
+                self._plan_spin(hit=spinning, sent=sent)
         return busy
 
-    def _plan_spin(self, *, hit: bool) -> None:
-        """Look again for a while, unless that was in vain too often lately.
+    def _plan_spin(self, *, hit: bool, sent: bool) -> None:
+        """After an answer look for a while for the next request, unless that was in vain lately.
 
         The peer may be slow, or wait for this very core: then looking costs and gains nothing.
         """
         if hit:
             self._misses = 0
-        elif self._misses >= SPIN_MISSES_MAX:
+        if not sent:
+            self._spin_until = 0
+            return
+        if self._misses >= SPIN_MISSES_MAX:
             self._rest -= 1
             if self._rest:
                 return
@@ -344,14 +348,16 @@ class Reactor:
             channel.kick_due = False
             self._guard(channel.kick)
 
-    def _run_flushes(self) -> None:
+    def _run_flushes(self) -> bool:
+        sent = False
         flushes, self._flushes = self._flushes, []
         for connection in flushes:
             connection.flush_due = False
             try:
-                connection.flush()
+                sent |= connection.flush()
             except Exception:
                 log.exception("a bug in %s", type(connection).__qualname__)
+        return sent
 
     def _guard(self, function: Callable[[], object]) -> None:
         """Call `function` once; its bug must not keep the others from their turn."""

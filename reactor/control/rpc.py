@@ -146,11 +146,12 @@ class _Connection:
         self._sock.close()
         self._server.forget(self)
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Send what is answered, then go on with what waits."""
         if not self._closed:
             self.transmit()
             self._advance()
+        return True
 
     def transmit(self) -> None:
         """Send what the client takes now."""

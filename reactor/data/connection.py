@@ -394,14 +394,16 @@ class Connection:
 
     # --- sending ---
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Send what the turn has appended, with one system call."""
+        sent = False
         try:
             if self._closed is None:
                 outgoing = self._outgoing
                 if outgoing.waiting and not self._blocked:
                     self._blocked = not outgoing.send(self._sock)
                     self.counters.sends += 1
+                    sent = True
                     if outgoing.waiting and not self._blocked:
                         # All that one call takes went; the rest does next turn.
                         self._reactor.mark_flush(self)
@@ -414,6 +416,7 @@ class Connection:
             self.close("internal error")
         if self._closed is not None:
             self._release()
+        return sent
 
 
 def _nothing(_connection: Connection, _reason: str) -> None:

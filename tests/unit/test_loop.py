@@ -43,11 +43,23 @@ def test_poll_mode_never_sleeps(make: Callable[..., Reactor], poll: Poll) -> Non
     assert poll.waits == [0, 0]
 
 
-def test_adaptive_mode_spins_for_a_bounded_time_after_work(
-    make: Callable[..., Reactor], poll: Poll, clock: Clock
+class Answer:
+    """A connection that has something to send, or has not."""
+
+    flush_due = kick_due = False
+
+    def __init__(self, *, sends: bool = True) -> None:
+        self.sends = sends
+
+    def flush(self) -> bool:
+        return self.sends
+
+
+def test_adaptive_mode_spins_for_a_bounded_time_after_an_answer(
+    make: Callable[..., Reactor], poll: Poll
 ) -> None:
     reactor = make("adaptive")
-    reactor.call_from_thread(lambda: None)
+    reactor.mark_flush(Answer())
     reactor.turn()
     poll.takes_ns = SPIN_NS // 4
     for _ in range(6):
@@ -55,9 +67,22 @@ def test_adaptive_mode_spins_for_a_bounded_time_after_work(
     assert poll.waits == [0, 0, 0, 0, 0, NEVER, NEVER]
 
 
+def test_adaptive_mode_does_not_spin_after_work_that_nobody_was_told_of(
+    make: Callable[..., Reactor], poll: Poll
+) -> None:
+    reactor = make("adaptive")
+    reactor.mark_flush(Answer())
+    reactor.turn()
+    reactor.call_from_thread(lambda: None)  # while it spins
+    reactor.mark_flush(Answer(sends=False))
+    reactor.turn()
+    reactor.turn()
+    assert poll.waits == [0, 0, NEVER]
+
+
 def _spins(reactor: Reactor, poll: Poll) -> bool:
-    """Do a busy turn; returns whether the loop looks again before it sleeps."""
-    reactor.call_from_thread(lambda: None)
+    """Answer; returns whether the loop looks again before it sleeps."""
+    reactor.mark_flush(Answer())
     reactor.turn()
     poll.waits.clear()
     poll.takes_ns = SPIN_NS
@@ -84,7 +109,7 @@ def test_what_comes_while_it_spins_keeps_it_spinning(
     for _ in range(SPIN_MISSES_MAX * 2):
         for _ in range(SPIN_MISSES_MAX - 1):
             assert _spins(reactor, poll)
-        reactor.call_from_thread(lambda: None)
+        reactor.mark_flush(Answer())
         reactor.turn()
         poll.waits.clear()
         reactor.call_from_thread(lambda: None)
@@ -148,10 +173,11 @@ def test_what_the_last_turn_left_prevents_the_sleep(
         flush_due = kick_due = False
         left = 2
 
-        def flush(self) -> None:
+        def flush(self) -> bool:
             if self.left:
                 self.left -= 1
                 reactor.mark_flush(self)
+            return False
 
     reactor.mark_flush(Again())
     for _ in range(4):
@@ -173,8 +199,9 @@ def test_time_is_busy_from_the_wait_to_the_end_of_a_turn_that_did_work(
     class Slow:
         flush_due = kick_due = False
 
-        def flush(self) -> None:
+        def flush(self) -> bool:
             clock.now += 2 * MS
+            return True
 
     def work(_events: int) -> bool:
         clock.now += 3 * MS
@@ -247,8 +274,9 @@ def test_kicks_come_before_flushes_and_each_once(make: Callable[..., Reactor]) -
             order.append("kick")
             reactor.mark_flush(self)
 
-        def flush(self) -> None:
+        def flush(self) -> bool:
             order.append("flush")
+            return True
 
     both = Both()
     reactor.mark_flush(both)

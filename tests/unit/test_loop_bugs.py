@@ -46,8 +46,9 @@ def test_a_bug_in_a_handler_is_logged_and_the_others_run(
         def kick(self) -> None:
             called.append("kick")
 
-        def flush(self) -> None:
+        def flush(self) -> bool:
             called.append("flush")
+            return True
 
     sound = Sound()
     reactor.add_fd(pair[0].fileno(), failing, name="broken socket")
