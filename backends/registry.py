@@ -10,8 +10,8 @@ from importlib.metadata import entry_points
 
 import backends
 from backends.api import Backend
-from reactor.config import BackendSchema
 from reactor.errors import ReactorError
+from reactor.spec import BackendSchema
 
 ENTRY_POINT_GROUP = "nbd_reactor.backends"
 _NOT_BACKENDS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from ipaddress import ip_address
 from typing import Any, Final, Literal, TypeAlias
@@ -24,6 +24,15 @@ class Key:
     name: str
     kind: KeyKind
     required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSchema:
+    """What a config must know of a backend; see `backends.api.Backend`."""
+
+    keys: tuple[Key, ...]
+    can_multi_conn: bool
+    check: Callable[[Mapping[str, object], int | None], list[tuple[str, str]]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,7 @@
 
 from reactor.config.disk import parse_disk
 from reactor.config.document import dump
-from reactor.config.keys import BackendSchema
 from reactor.config.load import load
 from reactor.errors import ConfigError
 
-__all__ = ["BackendSchema", "ConfigError", "dump", "load", "parse_disk"]
+__all__ = ["ConfigError", "dump", "load", "parse_disk"]

@@ -13,14 +13,13 @@ from reactor.config.keys import (
     COMMON,
     DEVICE_BLOCK_SIZE_MAX,
     KINDS,
-    BackendSchema,
     disk_name,
     text,
 )
 from reactor.config.problems import Problems, listed, unknown
 from reactor.cores import format_cores
 from reactor.errors import ReactorError
-from reactor.spec import DiskSpec, Key
+from reactor.spec import BackendSchema, DiskSpec, Key
 
 Schemas: TypeAlias = Mapping[str, BackendSchema]
 

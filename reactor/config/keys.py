@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias, get_args
 
 from reactor.config.document import Value, describe
 from reactor.config.problems import unknown
 from reactor.errors import quoted
-from reactor.spec import NAME_MAX, Address, AttachWay, Key, KeyKind
+from reactor.spec import NAME_MAX, Address, AttachWay, KeyKind
 from reactor.units import parse_seconds, parse_size
 
 BLOCK_SIZE_MIN: Final = 512
@@ -28,15 +27,6 @@ Converter: TypeAlias = Callable[[Value], object]
 _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", re.ASCII)
 _DEVICE: Final = re.compile(r"/dev/nbd(0|[1-9][0-9]{0,6})", re.ASCII)
 _WHOLE: Final = re.compile(r"-?[0-9]{1,18}", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class BackendSchema:
-    """What a config must know of a backend; see `backends.api.Backend`."""
-
-    keys: tuple[Key, ...]
-    can_multi_conn: bool
-    check: Callable[[Mapping[str, object], int | None], list[tuple[str, str]]]
 
 
 def text(value: Value, *, kind: str) -> str:

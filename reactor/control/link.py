@@ -29,7 +29,8 @@ TRIES_MAX: Final = 200
 TRIES_PER_COUNT: Final = 10
 HANDOVER_TRIES: Final = 200
 STEADY_SECONDS: Final = 10.0  # a connection that lasted so long was a good one
-SOCKET_BUFFER: Final = 4 << 20  # bytes each way between kernel and worker; the host may cap it
+SOCKET_BUFFER: Final = 4 << 20  # bytes each way between kernel and worker
+SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h; Python does not name it
 
 log = logger(__name__)
 
@@ -411,8 +412,11 @@ class DeviceLink:
 def _socket_pair() -> tuple[socket.socket, socket.socket]:
     pair = socket.socketpair()
     for end in pair:
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+        # What may be on its way is the sender's affair: a unix socket's SO_RCVBUF does nothing.
+        try:
+            end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SOCKET_BUFFER)
+        except PermissionError:  # without CAP_NET_ADMIN the host's maximum holds
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
     return pair
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from reactor.config import BackendSchema
 from reactor.errors import ReactorError
-from reactor.spec import Key
+from reactor.spec import BackendSchema, Key
 
 CORES = (0, 1, 2)
 
