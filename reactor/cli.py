@@ -133,6 +133,12 @@ def _add_how_to_run(group: argparse._ArgumentGroup) -> None:
         " %(default)s",
     )
     group.add_argument(
+        "--lock-memory",
+        action="store_true",
+        help="keep all memory of the service out of swap, for a host that swaps to its disks;"
+        " needs CAP_IPC_LOCK or RLIMIT_MEMLOCK unlimited",
+    )
+    group.add_argument(
         "--log-format",
         choices=log.FORMATS,
         default="text",
@@ -236,6 +242,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         log_format=arguments.log_format,
         log_level=arguments.log_level,
         strict=arguments.strict,
+        lock_memory=arguments.lock_memory,
         demo=arguments.demo,
     )
     log.set_up("controller", options.log_format, options.log_level)

@@ -39,4 +39,5 @@ class Options:
     log_format: LogFormat = "text"
     log_level: str = "info"
     strict: bool = False
+    lock_memory: bool = False
     demo: bool = False

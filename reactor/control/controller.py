@@ -14,7 +14,7 @@ from typing import Any, Final
 from setproctitle import setproctitle
 
 from backends import registry
-from reactor import config
+from reactor import config, pressure
 from reactor.attach.device import adopt
 from reactor.bus import ControllerBus
 from reactor.control import leftovers
@@ -51,6 +51,10 @@ def run(options: Options) -> int:
     # way that they end this process.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     specs = _read_config(options)
+    # While a worker is dead, I/O on its devices waits for this process to start another.
+    pressure.prepare()
+    if options.lock_memory:
+        pressure.lock_memory()
     runtime = RuntimeDir(options.runtime_dir)
     try:
         runtime.end_leftover_workers()

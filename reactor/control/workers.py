@@ -97,6 +97,7 @@ class WorkerProcess:
             *("--mode", options.mode),
             *("--log-format", options.log_format),
             *("--log-level", options.log_level),
+            *(["--lock-memory"] if options.lock_memory else []),
         ]
         self._respawn = None
         try:

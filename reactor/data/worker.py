@@ -19,9 +19,9 @@ from typing import Final
 
 from setproctitle import setproctitle
 
-from reactor import __version__
+from reactor import __version__, pressure
 from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
-from reactor.data import garbage, pressure
+from reactor.data import garbage
 from reactor.data.listener import Listener
 from reactor.data.serving import ServedDisk
 from reactor.data.spread import ClientSpread
@@ -390,6 +390,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runtime-dir", type=Path, required=True)
     parser.add_argument("--instance", required=True)
     parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--lock-memory", action="store_true")
     parser.add_argument("--log-format", choices=FORMATS, required=True)
     parser.add_argument("--log-level", choices=LEVELS, required=True)
     return parser.parse_args()
@@ -413,6 +414,8 @@ def main() -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each client
     try:
+        if arguments.lock_memory:
+            pressure.lock_memory()
         os.sched_setaffinity(0, {arguments.core})  # before ZeroMQ makes its thread
         lock = _lock_core(arguments.runtime_dir, arguments.core)
         reactor = Reactor(arguments.mode)

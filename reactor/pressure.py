@@ -1,0 +1,60 @@
+"""A process under memory pressure: the host may be writing its pages to the disks it serves."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from pathlib import Path
+from typing import Final
+
+from reactor.errors import reason
+from reactor.log import logger
+
+PR_SET_IO_FLUSHER: Final = 57  # include/uapi/linux/prctl.h, Linux 5.6
+OOM_SCORE_ADJ: Final = -900  # -1000 would hide a leak for ever
+MCL_CURRENT: Final = 1  # include/uapi/asm-generic/mman.h
+MCL_FUTURE: Final = 2
+MCL_ONFAULT: Final = 4  # Linux 4.4
+
+log = logger(__name__)
+
+
+def prepare() -> None:
+    """Keep the kernel from freeing memory through our own disks, and from killing us for it.
+
+    For this thread and those that it makes, and for processes too. Needs CAP_SYS_RESOURCE; without
+    it, goes on without.
+    """
+    if _libc().prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) < 0:
+        log.debug("PR_SET_IO_FLUSHER: %s", os.strerror(ctypes.get_errno()))
+    try:
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
+    except OSError as error:
+        log.debug("oom_score_adj: %s", reason(error))
+
+
+def lock_memory() -> None:
+    """Keep all memory of this process, but not of its children, out of swap; raises OSError.
+
+    What is mapped now, the program above all, is read in at once. What is mapped later is locked
+    page by page as it is touched: buffers and memory disks are large and mostly empty.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    # Under a finite limit some later allocation would fail, in the middle of I/O. With none at all
+    # only CAP_IPC_LOCK lets the calls below succeed, and to that no limit applies.
+    resource.setrlimit(
+        resource.RLIMIT_MEMLOCK, (most if most == resource.RLIM_INFINITY else 0, most)
+    )
+    for flags in (MCL_CURRENT, MCL_FUTURE | MCL_ONFAULT):
+        if _libc().mlockall(flags) < 0:
+            number = ctypes.get_errno()
+            raise OSError(
+                number,
+                f"memory cannot be locked: {os.strerror(number)}; --lock-memory needs CAP_IPC_LOCK"
+                " or RLIMIT_MEMLOCK unlimited",
+            )
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
