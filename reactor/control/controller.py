@@ -21,6 +21,7 @@ from reactor.control import leftovers
 from reactor.control.demo import demo_disks
 from reactor.control.disk import DiskControl, Host
 from reactor.control.exporter import Exporter
+from reactor.control.launcher import Launcher
 from reactor.control.methods import methods
 from reactor.control.notify import handed_sockets, notify
 from reactor.control.plan import Machine, Placement, place, place_all
@@ -96,9 +97,10 @@ class Controller:
             self.reactor, runtime.instance, self._on_settled, self._may_attach, self._is_succeeded
         )
         self._bus = ControllerBus(self.reactor, runtime.path / "bus.sock", self._on_event)
+        self._launcher = Launcher(options, runtime.instance)
         self._workers = {
             core: WorkerProcess(
-                self.reactor, self._bus, options, core, runtime.instance, self._on_worker
+                self.reactor, self._bus, self._launcher, runtime.path, core, self._on_worker
             )
             for core in options.cores
         }
@@ -134,6 +136,7 @@ class Controller:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for worker in self._workers.values():
             worker.kill("the controller ends")
+        self._launcher.close()
         for socks in self._handed.values():
             for sock in socks:
                 sock.close()
@@ -373,8 +376,17 @@ class Controller:
         self.reactor.call_later(TICK_SECONDS, self._tick)
         for worker in self._workers.values():
             worker.look_after()
+        self._keep_spare()
         for disk in list(self._disks.values()):
             disk.step()
+
+    def _keep_spare(self) -> None:
+        if self._stopping or any(w.state != "running" for w in self._workers.values()):
+            return
+        try:
+            self._launcher.keep_spare()
+        except OSError as error:
+            log.warning("no spare worker can be started: %s", reason(error))
 
     # --- stopping ---
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from reactor.bus import ControllerBus, descriptor_socket, send_descriptors
+from reactor.control.launcher import Launcher
 from reactor.control.service import WorkerStatus
 from reactor.log import logger
 from reactor.loop import Reactor, Timer
 from reactor.messages import encode
-from reactor.options import Options
 
 START_SECONDS: Final = 60.0  # from exec to hello
 SILENCE_SECONDS: Final = 5.0  # without heartbeat a worker is not trusted to read its sockets
@@ -36,9 +36,9 @@ class WorkerProcess:
         self,
         reactor: Reactor,
         bus: ControllerBus,
-        options: Options,
+        launcher: Launcher,
+        runtime_dir: Path,
         core: int,
-        instance: str,
         on_change: Callable[[WorkerProcess], None],
     ) -> None:
         self.core = core
@@ -47,8 +47,7 @@ class WorkerProcess:
         self.statistics: dict[str, int] = {}
         self._reactor = reactor
         self._bus = bus
-        self._options = options
-        self._instance = instance
+        self._launcher = launcher
         self._on_change = on_change
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
@@ -58,7 +57,7 @@ class WorkerProcess:
         self._quick_deaths = 0
         self._respawn: Timer | None = None
         self._stopping = False
-        self._path = descriptor_socket(options.runtime_dir, core)
+        self._path = descriptor_socket(runtime_dir, core)
 
     # --- what it is ---
 
@@ -87,24 +86,9 @@ class WorkerProcess:
 
     def spawn(self) -> None:
         """Start the process, by exec: nothing of the controller is shared."""
-        options = self._options
-        command = [
-            sys.executable,
-            *("-P", "-m", "reactor.data.worker"),
-            *("--core", str(self.core)),
-            *("--runtime-dir", os.fspath(options.runtime_dir)),
-            *("--instance", self._instance),
-            *("--mode", options.mode),
-            *("--log-format", options.log_format),
-            *("--log-level", options.log_level),
-            *(["--lock-memory"] if options.lock_memory else []),
-        ]
         self._respawn = None
         try:
-            # Its own session: the terminal's signals are the controller's to act on.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+            self._process = self._launcher.launch(self.core)
             self._pidfd = os.pidfd_open(self._process.pid)
         except OSError as error:
             log.error("worker core %d cannot be started: %s", self.core, error)

@@ -19,6 +19,7 @@ from typing import Final
 
 from setproctitle import setproctitle
 
+from backends import registry
 from reactor import __version__, pressure
 from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
 from reactor.data import garbage
@@ -386,7 +387,6 @@ def _lock_core(runtime_dir: Path, core: int) -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nbd-reactor worker", allow_abbrev=False)
-    parser.add_argument("--core", type=int, required=True)
     parser.add_argument("--runtime-dir", type=Path, required=True)
     parser.add_argument("--instance", required=True)
     parser.add_argument("--mode", choices=MODES, required=True)
@@ -402,24 +402,41 @@ def _stop_when_orphaned(reactor: Reactor, controller: int) -> None:
         reactor.stop()
 
 
-def main() -> int:
-    """Run a worker until the controller says `shutdown`."""
-    arguments = _arguments()
-    name = f"worker core {arguments.core}"
-    set_up(name, arguments.log_format, arguments.log_level)
+def _await_core(arguments: argparse.Namespace) -> int | None:
+    """Prepare the process, then wait to be told its core; None when the controller is gone."""
+    _name(arguments, "spare worker")
     faulthandler.enable()
-    setproctitle(f"nbd-reactor: {name}")
-    controller = os.getppid()
     pressure.prepare()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each client
+    if arguments.lock_memory:
+        registry.schemas()  # every backend's code belongs to what is locked
+        pressure.lock_memory()
+    told = sys.stdin.buffer.readline()
+    if not told:
+        return None
+    core = int(told)
+    _name(arguments, f"worker core {core}")
+    return core
+
+
+def _name(arguments: argparse.Namespace, name: str) -> None:
+    set_up(name, arguments.log_format, arguments.log_level)
+    setproctitle(f"nbd-reactor: {name}")
+
+
+def main() -> int:
+    """Run a worker until the controller says `shutdown`."""
+    arguments = _arguments()
+    controller = os.getppid()
     try:
-        if arguments.lock_memory:
-            pressure.lock_memory()
-        os.sched_setaffinity(0, {arguments.core})  # before ZeroMQ makes its thread
-        lock = _lock_core(arguments.runtime_dir, arguments.core)
+        core = _await_core(arguments)
+        if core is None:
+            return 0
+        os.sched_setaffinity(0, {core})  # before ZeroMQ makes its thread
+        lock = _lock_core(arguments.runtime_dir, core)
         reactor = Reactor(arguments.mode)
-        worker = Worker(reactor, arguments.core, arguments.runtime_dir, arguments.instance)
+        worker = Worker(reactor, core, arguments.runtime_dir, arguments.instance)
     except (OSError, ReactorError) as error:
         log.critical("cannot start: %s", reason(error))
         return BOOT_FAILURE
