@@ -1,0 +1,153 @@
+"""A host without free memory goes on, also one that swaps to a device of ours."""
+
+from __future__ import annotations
+
+import filecmp
+import mmap
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.commands import run
+from tests.running import RunningService
+
+GIB = 1 << 30
+MIB = 1 << 20
+MAP_LOCKED = 0x2000  # include/uapi/asm-generic/mman.h
+FREE = 60 * MIB  # what the tests leave of a machine's memory
+SWAPPED_PAGES = 2000  # so many, and the swapping is well under way
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(
+        psutil.virtual_memory().total > 2 * GIB or "KERNEL_DISK" not in os.environ,
+        reason="fills the memory of its machine: only in tools/kernel --disk-size 256M",
+    ),
+]
+Start = Callable[..., RunningService]
+
+
+def disk(*, direct: bool) -> str:
+    path = os.environ["KERNEL_DISK"]
+    options = f"path: {path}, direct: {str(direct).lower()}, device: /dev/nbd0"
+    return f"disks: {{data: {{backend: file, {options}}}}}"
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Lock all but `FREE` of the machine's memory."""
+    run("sysctl", "-q", "vm.drop_caches=3")
+    size = (psutil.virtual_memory().available - FREE) & -mmap.PAGESIZE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE | MAP_LOCKED
+    with mmap.mmap(-1, size, flags=flags):
+        yield
+
+
+@contextmanager
+def swap(device: str) -> Iterator[None]:
+    run("mkswap", device)
+    run("swapon", device)
+    try:
+        yield
+    finally:
+        run("swapoff", device)
+
+
+@contextmanager
+def memory_hog(mebibytes: int) -> Iterator[subprocess.Popen[bytes]]:
+    script = Path(__file__).with_name("memory_hog.py")
+    hog = subprocess.Popen(
+        [sys.executable, str(script), str(mebibytes)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        yield hog
+    finally:
+        hog.kill()
+        hog.communicate()
+
+
+def pages_swapped_out() -> int:
+    found = re.search(r"^pswpout (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+def of(pid: int, field: str) -> str:
+    found = re.search(rf"^{field}:\s+(.*)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def spares(running: RunningService) -> list[int]:
+    children = psutil.Process(running.process.pid).children()
+    titles = {child.pid: " ".join(child.cmdline()) for child in children}
+    return [pid for pid, title in titles.items() if title.startswith("nbd-reactor: spare")]
+
+
+def test_swap_on_a_device_whose_worker_is_killed(service: Start) -> None:
+    running = service(disk(direct=True), "--lock-memory")
+    running.await_true(lambda: bool(spares(running)))
+    with swap("/dev/nbd0"), little_memory(), memory_hog(FREE // MIB + 30) as hog:
+        before = pages_swapped_out()
+        running.await_true(lambda: pages_swapped_out() - before > SWAPPED_PAGES)
+        assert hog.poll() is None
+        running.workers()[0].kill()
+        output, _ = hog.communicate(timeout=120)
+        assert hog.returncode == 0, output.decode()
+    assert running.rpc("reactor_get_workers")[0]["restarts"] == 1
+    assert of(running.workers()[0].pid, "VmSwap") == "0 kB"
+    assert of(running.process.pid, "VmSwap") == "0 kB"
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_more_dirty_pages_than_memory(service: Start, tmp_path: Path, direct: bool) -> None:
+    running = service(disk(direct=direct))
+    (worker,) = running.workers().values()
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    run("mkfs.ext4", "-q", "/dev/nbd0")
+    run("mount", "/dev/nbd0", str(mount))
+    try:
+        with little_memory():
+            run("dd", "if=/dev/urandom", f"of={mount / 'a'}", "bs=1M", "count=50", "conv=fsync")
+            run("cp", str(mount / "a"), str(mount / "b"))
+            os.sync()
+            assert filecmp.cmp(mount / "a", mount / "b", shallow=False)
+    finally:
+        run("umount", str(mount))
+    run("fsck.ext4", "-fn", "/dev/nbd0")
+    assert worker.is_running()
+
+
+def test_a_spare_worker_takes_the_place_of_a_dead_one(service: Start) -> None:
+    running = service(disk(direct=True), "--lock-memory")
+    running.await_true(lambda: bool(spares(running)))
+    (spare,) = spares(running)
+    for pid in (running.process.pid, running.workers()[0].pid, spare):
+        assert of(pid, "VmLck") != "0 kB"
+        assert os.sched_getscheduler(pid) == os.SCHED_RR
+        assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "-900"
+    running.workers()[0].kill()
+    running.await_true(lambda: running.workers().get(0, psutil.Process()).pid == spare)
+    running.await_true(lambda: spares(running) not in ([], [spare]))
+
+
+def test_memory_that_cannot_be_locked_is_an_error_at_the_start(tmp_path: Path) -> None:
+    output = run(
+        *("setpriv", "--bounding-set", "-ipc_lock", "prlimit", "--memlock=8388608"),
+        *(sys.executable, "-m", "reactor", "--lock-memory", "--runtime-dir", str(tmp_path / "run")),
+        check=False,
+    )
+    assert output.startswith("nbd-reactor: memory cannot be locked: ")
+    assert "CAP_IPC_LOCK" in output
+    assert not (tmp_path / "run" / "lock").exists(), "it must end before it begins"
