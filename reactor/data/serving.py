@@ -71,6 +71,7 @@ class ServedDisk:
         self._generations: dict[Connection, int] = {}  # 0: a client, else the kernel's
         self._leashes: dict[Connection, socket.socket] = {}  # of clients that another worker gave
         self._finished: Counter[str] = Counter()
+        self._told = (-1, -1)  # system calls and connections when the counters were last told
         self._removal: str | None = None
         self._removal_timer: Timer | None = None
         self._on_stopped: Callable[[], None] | None = None
@@ -185,6 +186,14 @@ class ServedDisk:
         counters = {name: total[name] for name in COUNTERS}
         counters["connections"] = len(self._generations)
         return counters
+
+    def changed_statistics(self) -> dict[str, int] | None:
+        """Return the counters, None when nothing has happened since the last call."""
+        calls = self._finished["receives"] + self._finished["sends"]
+        for connection in self._generations:
+            calls += connection.counters.receives + connection.counters.sends
+        before, self._told = self._told, (calls, len(self._generations))
+        return self.statistics() if self._told != before else None
 
     def _on_event(self, event: Event, reason: str) -> None:
         if event is Event.REMOVE:

@@ -219,7 +219,8 @@ class Worker:
     # --- what it says ---
 
     def _heartbeat(self) -> None:
-        self._reactor.call_later(HEARTBEAT_SECONDS, self._heartbeat)
+        seconds = HEARTBEAT_SECONDS - self._reactor.clock() / 1e9 % HEARTBEAT_SECONDS
+        self._reactor.call_later(seconds, self._heartbeat)
         if not self._welcomed:
             self._say_hello()
             return
@@ -231,7 +232,11 @@ class Worker:
                 "idle_ns": reactor.idle_ns,
                 "turns": reactor.turns,
             },
-            disks={name: served.statistics() for name, served in self._disks.items()},
+            disks={
+                name: counters
+                for name, served in self._disks.items()
+                if (counters := served.changed_statistics()) is not None
+            },
         )
 
     def _say_hello(self) -> None:
