@@ -37,6 +37,11 @@ class Generator:
             text=True,
         )
 
+    @property
+    def pid(self) -> int:
+        """The generator's process."""
+        return self._process.pid
+
     def await_ready(self) -> None:
         """Wait for the end of the handshake."""
         self._line(PATIENCE_SECONDS)

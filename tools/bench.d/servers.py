@@ -72,8 +72,8 @@ def _reactor_disk(*keys: str, options: Sequence[str] = ()) -> Command:
 
 
 def reactor_with_many_disks(place: Place) -> list[str]:
-    """Return the command for a service with small disks, on sockets `socket-N`."""
-    disk = "  d{0}: {{backend: malloc, size: 1MiB, listen: unix:{1}-{0}}}\n"
+    """Return the command for a service with many disks, all empty, on sockets `socket-N`."""
+    disk = "  d{0}: {{backend: malloc, size: 64MiB, listen: unix:{1}-{0}}}\n"
     return _reactor(place, "".join(disk.format(n, place.socket) for n in range(MANY_DISKS)))
 
 
