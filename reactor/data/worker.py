@@ -415,7 +415,7 @@ def _await_core(arguments: argparse.Namespace) -> int | None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each client
     if arguments.lock_memory:
-        registry.schemas()  # every backend's code belongs to what is locked
+        _load_backends()  # their code belongs to what is locked
         pressure.lock_memory()
     told = sys.stdin.buffer.readline()
     if not told:
@@ -423,6 +423,14 @@ def _await_core(arguments: argparse.Namespace) -> int | None:
     core = int(told)
     _name(arguments, f"worker core {core}")
     return core
+
+
+def _load_backends() -> None:
+    for name in registry.names():
+        try:
+            registry.backend(name)
+        except ReactorError as error:  # a disk of this backend will say so too
+            log.warning("%s", reason(error))
 
 
 def _name(arguments: argparse.Namespace, name: str) -> None:
