@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import counts
+import fairness
 import loads
 import processes
 import profiling
@@ -69,7 +70,7 @@ def measure(plan: Plan, results: Results) -> None:
             if of_kind:
                 bench.measure_kind(kind, of_kind)
         if plan.idle_seconds and bench.load and any(case.kind == "memory" for case in cases):
-            bench.measure_idle_disks()
+            bench.measure_many_disks()
 
 
 def profile(plan: Plan, case: Case) -> str:
@@ -319,8 +320,8 @@ class _Bench:
             names = [server.name for server in alive]
             self.results.idle.update(zip(names, used, strict=True))
 
-    def measure_idle_disks(self) -> None:
-        """See what many disks of ours cost, each with a client that asks for nothing."""
+    def measure_many_disks(self) -> None:
+        """See what many disks of ours cost at rest, and what a quiet one feels of busy ones."""
         assert self.load is not None
         self.say(f"idle: {servers.MANY}, {self.plan.idle_seconds:g} s")
         command = servers.reactor_with_many_disks
@@ -334,6 +335,10 @@ class _Bench:
                 client.await_ready()
             (self.results.idle[servers.MANY],) = self.idle_cpu([server.pid])
             self.results.memory[f"memory/{servers.MANY}"] = server.resident_bytes()
+            self.say("a quiet disk beside busy ones")
+            self.results.fairness = fairness.measure_fairness(
+                self.load, self.plan.load_core, server, self.plan.seconds
+            )
 
     def idle_cpu(self, pids: Sequence[int]) -> list[float]:
         """Return the CPU seconds a second of each tree while nothing is asked for."""

@@ -45,7 +45,7 @@ def as_markdown(results: Results, picture: str | None) -> str:
     if picture:
         parts.append(f"![IOPS over requests in flight, for each server]({picture})")
     parts += [_iops_on_memory(results), _details(results), _iops_on_others(results)]
-    parts += [_resting(results), _counts(results)]
+    parts += [_resting(results), _fairness(results), _counts(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -120,6 +120,16 @@ def _resting(results: Results) -> str:
         lines.append([name, f"{cpu:.1%}", mib])
     heads = ["at rest", "CPU", "resident MiB of each process, without its disks"]
     return _table(heads, lines) if lines else ""
+
+
+def _fairness(results: Results) -> str:
+    """Tell what a quiet disk feels of busy ones."""
+    lines = [
+        [neighbours, *(f"{told[f'{name}_us']:,.0f}" for name in ("p50", "p99", "p99.9"))]
+        for neighbours, told in results.fairness.items()
+    ]
+    heads = ["a reader of 4 KiB, depth 1, and busy disks on its worker", "p50 us", "p99 us"]
+    return _table([*heads, "p99.9 us"], lines) if lines else ""
 
 
 def _counts(results: Results) -> str:

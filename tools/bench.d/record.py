@@ -19,6 +19,7 @@ def as_json(results: Results) -> str:
         "counts": results.counts,
         "memory_bytes": results.memory,
         "idle_cpu": results.idle,
+        "fairness": results.fairness,
     }
     lists = {
         "rows": [_row(row) for row in results.rows if row.measures],
@@ -46,6 +47,7 @@ def from_json(text: str) -> Results:
         rows=rows,
         memory=found["memory_bytes"],
         idle=found["idle_cpu"],
+        fairness=found["fairness"],
         notes=found["notes"],
     )
 

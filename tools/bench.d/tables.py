@@ -96,6 +96,11 @@ def _resources(results: Results) -> str:
         for name, each in results.memory.items()
     ]
     lines += [f"idle CPU, {name}: {cpu:.2%}" for name, cpu in results.idle.items()]
+    lines += [
+        f"4 KiB read, depth 1, beside busy disks of its worker, {neighbours}:"
+        f" p50 {told['p50_us']:.0f}, p99 {told['p99_us']:.0f} us"
+        for neighbours, told in results.fairness.items()
+    ]
     return "\n".join(lines)
 
 
