@@ -120,6 +120,11 @@ class Connection:
         waiting = self._in_flight or self._outgoing.waiting or self._backlog or self._receiver.more
         return not waiting
 
+    def rest(self) -> None:
+        """Give memory back that only traffic needs."""
+        if self.idle:
+            self._receiver.rest()
+
     # --- ending ---
 
     def drain(self, seconds: float) -> None:

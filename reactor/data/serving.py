@@ -72,6 +72,7 @@ class ServedDisk:
         self._leashes: dict[Connection, socket.socket] = {}  # of clients that another worker gave
         self._finished: Counter[str] = Counter()
         self._told = (-1, -1)  # system calls and connections when the counters were last told
+        self._resting = False  # its connections gave their memory back
         self._removal: str | None = None
         self._removal_timer: Timer | None = None
         self._on_stopped: Callable[[], None] | None = None
@@ -193,7 +194,14 @@ class ServedDisk:
         for connection in self._generations:
             calls += connection.counters.receives + connection.counters.sends
         before, self._told = self._told, (calls, len(self._generations))
-        return self.statistics() if self._told != before else None
+        if self._told != before:
+            self._resting = False
+            return self.statistics()
+        if not self._resting:
+            self._resting = True
+            for connection in self._generations:
+                connection.rest()
+        return None
 
     def _on_event(self, event: Event, reason: str) -> None:
         if event is Event.REMOVE:

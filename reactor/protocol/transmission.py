@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, TypeAlias
 
 from reactor.errors import ProtocolError
@@ -128,7 +129,8 @@ class Receiver:
         self.shortcut: Shortcut | None = None
         self._export = export
         # Anonymous memory takes no room before it is used; a bytearray would be filled at once.
-        self._buffer = memoryview(mmap.mmap(-1, CAPACITY, flags=mmap.MAP_PRIVATE))
+        self._mapping = mmap.mmap(-1, CAPACITY, flags=mmap.MAP_PRIVATE)
+        self._buffer = memoryview(self._mapping)
         self._all = [self._buffer]
         self._begin = 0
         self._end = 0
@@ -196,6 +198,13 @@ class Receiver:
             self._begin = self.shortcut(self._buffer, self._begin, self._end)
         self._parse(requests)
         return requests
+
+    def rest(self) -> None:
+        """Give memory back until more is received; no payload that was handed out is needed."""
+        self._given = self._spare = None
+        if self._begin == self._end:
+            with suppress(OSError):  # it is locked
+                self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def clear(self) -> None:
         """Let go of memory that is not its own; nothing is received any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -310,3 +311,21 @@ def test_the_size_is_the_one_of_now() -> None:
     assert validate(request, disk) == errno.EINVAL
     disk.size = 2048
     assert validate(request, disk) == 0
+
+
+def test_at_rest_the_buffer_takes_no_memory_and_goes_on_after() -> None:
+    receiver = Receiver(export(size=64 << 20))
+    payload = bytes(range(256)) * 2048
+    assert len(feed(receiver, [request(WRITE, payload=payload)])) == 1
+    before = resident()
+    receiver.rest()
+    assert resident() <= before - len(payload) // 2
+    stream = request(WRITE, payload=payload)
+    feed(receiver, [stream[:1000]])
+    receiver.rest()  # in the middle of a request it keeps what has come
+    assert feed(receiver, [stream[1000:]])[0][5] == payload
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
