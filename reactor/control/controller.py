@@ -37,6 +37,7 @@ from reactor.options import Options
 from reactor.spec import DiskSpec
 
 TICK_SECONDS: Final = 1.0
+SETTLED_TICKS: Final = 10
 STOP_SECONDS: Final = 120.0  # an orderly stop; after that it is forced
 FORCE_SECONDS: Final = 15.0
 DISKS_MAX: Final = 4096
@@ -91,6 +92,7 @@ class Controller:
         self._disks: dict[str, DiskControl] = {}
         self._configured: dict[str, DiskSpec] = {}  # as the config gave them
         self._successors: dict[str, DiskSpec] = {}  # made when the disk of that name is gone
+        self._ticks = 0
         self._ready = self._stopping = self._forced = False
         self._handed = handed_sockets()
         self._host = Host(
@@ -377,8 +379,11 @@ class Controller:
         for worker in self._workers.values():
             worker.look_after()
         self._keep_spare()
-        for disk in list(self._disks.values()):
-            disk.step()
+        self._ticks += 1
+        for number, disk in enumerate(list(self._disks.values()), self._ticks):
+            # Events tell what happens to a settled disk; it is looked at now and then all the same.
+            if not disk.settled or number % SETTLED_TICKS == 0:
+                disk.step()
 
     def _keep_spare(self) -> None:
         if self._stopping or any(w.state != "running" for w in self._workers.values()):

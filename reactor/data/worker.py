@@ -34,6 +34,7 @@ from reactor.protocol.export import Export
 from reactor.spec import Address, DiskSpec
 
 HEARTBEAT_SECONDS: Final = 1.0
+IDLE_HEARTBEAT_SECONDS: Final = 2.0  # the controller waits for five
 HANDOVERS_PER_TURN: Final = 16
 # A worker that was killed leaves I/O behind, which holds its files and devices a while longer: the
 # kernel lets go of an io_uring when its last operation ends, not when its process does.
@@ -219,8 +220,16 @@ class Worker:
     # --- what it says ---
 
     def _heartbeat(self) -> None:
-        seconds = HEARTBEAT_SECONDS - self._reactor.clock() / 1e9 % HEARTBEAT_SECONDS
-        self._reactor.call_later(seconds, self._heartbeat)
+        """Tell what has changed, and so that this worker lives."""
+        changed = {
+            name: counters
+            for name, served in self._disks.items()
+            if (counters := served.changed_statistics()) is not None
+        }
+        # At a full second, as everything that is done now and then: an idle worker wakes up once.
+        seconds = HEARTBEAT_SECONDS if changed or not self._welcomed else IDLE_HEARTBEAT_SECONDS
+        wait = seconds - self._reactor.clock() / 1e9 % HEARTBEAT_SECONDS
+        self._reactor.call_later(wait, self._heartbeat)
         if not self._welcomed:
             self._say_hello()
             return
@@ -232,11 +241,7 @@ class Worker:
                 "idle_ns": reactor.idle_ns,
                 "turns": reactor.turns,
             },
-            disks={
-                name: counters
-                for name, served in self._disks.items()
-                if (counters := served.changed_statistics()) is not None
-            },
+            disks=changed,
         )
 
     def _say_hello(self) -> None:
