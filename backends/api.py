@@ -110,6 +110,9 @@ class Channel(ABC):
         Raises OSError with the errno for the client, or `Busy` when there is no room now.
         """
 
+    def abandon(self, owner: Owner) -> None:
+        """Complete at once, undone, what is queued for `owner` and has not begun: it is gone."""
+
     def kick(self) -> None:
         """Start what this turn's `submit` calls queued. Registered with `Reactor.mark_kick`."""
 

@@ -21,7 +21,8 @@ from reactor.protocol.wire import (
 from reactor.spec import Key
 
 BLOCK_SIZE: Final = 512
-STEP: Final = 32 << 20  # bytes zeroed or trimmed in one turn: a few milliseconds
+STEP: Final = 4 << 20  # bytes zeroed or trimmed in one turn, about: a millisecond
+SHORT: Final = 64 << 10  # bytes that are zeroed or trimmed at once, as long as the turn has room
 
 
 class MallocChannel(Channel):
@@ -32,6 +33,7 @@ class MallocChannel(Channel):
         self.kick_due = False
         self.memory = self._memory = disk.memory
         self._reactor = reactor
+        self._room = STEP  # bytes that may still be cleared in this turn
         self._long: deque[tuple[Request, Owner, int]] = deque()  # ... and where to go on
 
     def submit(self, request: Request, owner: Owner) -> Buffer | None:
@@ -47,32 +49,47 @@ class MallocChannel(Channel):
             assert payload is not None
             memory.data[offset:end] = payload
         elif command in {NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES}:
-            if length > STEP:
-                self._go_on_with(request, owner, offset)
+            self._reactor.mark_kick(self)
+            if length > min(SHORT, self._room):
+                self._long.append((request, owner, offset))
                 return None
+            self._room -= length
             self._clear(request, offset, end)
         return DONE
 
     def kick(self) -> None:
-        """Do one step of the first long request, and queue it behind the others."""
+        """Do one step of what is queued: of one long request, or of several shorter ones."""
+        self._room = STEP
+        room = STEP
+        while self._long and room > 0:
+            room -= self._do_step(room)
+        if self._long:
+            self._reactor.mark_kick(self)
+
+    def abandon(self, owner: Owner) -> None:
+        long, self._long = self._long, deque()
+        for request, other, begin in long:
+            if other is owner:
+                owner.complete(request, errno.ESHUTDOWN, DONE)
+            else:
+                self._long.append((request, other, begin))
+
+    def _do_step(self, most: int) -> int:
+        """Do at most so many bytes of the first request and queue it last; returns how many."""
         request, owner, begin = self._long.popleft()
         _command, _flags, _cookie, offset, length, _payload = request
-        end = min(begin + STEP, offset + length)
+        end = min(begin + most, offset + length)
         try:
             self._clear(request, begin, end)
-        except OSError as error:
-            owner.complete(request, error.errno or errno.EIO, DONE)
+        except Exception as error:  # noqa: BLE001 - no request may be left without an end
+            number = error.errno if isinstance(error, OSError) else None
+            owner.complete(request, number or errno.EIO, DONE)
         else:
             if end == offset + length:
                 owner.complete(request, 0, DONE)
             else:
-                self._go_on_with(request, owner, end)
-        if self._long:
-            self._reactor.mark_kick(self)
-
-    def _go_on_with(self, request: Request, owner: Owner, position: int) -> None:
-        self._long.append((request, owner, position))
-        self._reactor.mark_kick(self)
+                self._long.append((request, owner, end))
+        return end - begin
 
     def _clear(self, request: Request, begin: int, end: int) -> None:
         end = min(end, len(self._memory.data))  # the disk may have shrunk between the steps

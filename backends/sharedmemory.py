@@ -36,6 +36,8 @@ MAGIC: Final = b"nbdshmem"
 VERSION: Final = 2
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python does not name it
 
+_ZEROES: Final = memoryview(bytes(CHUNK))
+
 log = logger(__name__)
 
 
@@ -159,7 +161,9 @@ class SharedMemory:
     def fill(self, begin: int, end: int) -> None:
         """Write zeroes to `begin..end`, keeping or taking the memory for them."""
         self.back(begin, end)
-        self.data[begin:end] = bytes(end - begin)
+        for start in range(begin, end, len(_ZEROES)):
+            stop = min(start + len(_ZEROES), end)
+            self.data[start:stop] = _ZEROES[: stop - start]
 
     def resize(self, size: int) -> None:
         """Change the size of the disk; what a growing disk gains reads as zeroes.

@@ -152,6 +152,7 @@ class Connection:
             self._deadline.cancel()
         self._reactor.remove_fd(self._sock.fileno())
         self._sock.close()
+        self._channel.abandon(self)
         self._reactor.mark_flush(self)
 
     def _end(self, why: str, seconds: float) -> None:

@@ -183,7 +183,7 @@ class Receiver:
             self._large = None
             self._taken, self._given = None, self._taken
             if self._header is not None:
-                requests.append(self._header)
+                requests.append(self._take_header())
         self._end += count
         assert 0 <= self._begin <= self._end <= CAPACITY
         if self._skip:
@@ -192,12 +192,16 @@ class Receiver:
             self._skip -= skipped
             if self._skip:
                 return requests
-            assert self._header is not None
-            requests.append(self._header)
+            requests.append(self._take_header())
         if self.shortcut is not None and not requests:  # requests are done in their order
             self._begin = self.shortcut(self._buffer, self._begin, self._end)
         self._parse(requests)
         return requests
+
+    def _take_header(self) -> Request:
+        header, self._header = self._header, None  # or its payload would never be let go
+        assert header is not None
+        return header
 
     def rest(self) -> None:
         """Give memory back until more is received; no payload that was handed out is needed."""

@@ -198,6 +198,35 @@ def test_a_long_clearing_leaves_turns_to_others(disk: Open, command: int, flags:
         assert not any(cleared) or command == TRIM, "only a trim may be rounded to pages"
 
 
+@pytest.mark.parametrize("length", [64 << 10, 1 << 20, 2 * STEP])
+def test_a_flood_of_zeroes_comes_in_bounded_turns(disk: Open, length: int) -> None:
+    count = 40 * STEP // length
+    with serving(disk(4 * STEP)) as pump:
+        flood = b"".join(request(ZEROES, 0, length, cookie=i, flags=NO_HOLE) for i in range(count))
+        pump.send(flood)
+        done = 0
+        for _ in range(5):
+            pump.turns(1)
+            before, done = done, done + len(pump.drain_client()) // 16
+            # What a turn does at once, and in its step.
+            assert (done - before) * length <= 3 * STEP
+        pump.receive((count - done) * 16)
+        assert pump.connection.counters.zeroes == count
+
+
+def test_what_a_client_that_left_has_queued_is_not_done(disk: Open) -> None:
+    opened = disk(8 * STEP)
+    with serving(opened) as pump:
+        access = Access(pump)
+        access.write(7 * STEP, b"x" * 4096)
+        pump.send(request(ZEROES, 0, 8 * STEP, cookie=1, flags=NO_HOLE) * 100)
+        pump.turns(2)
+        pump.connection.close("the test says so")
+        pump.turns(2)
+        assert pump.closed
+        assert opened.memory.data[7 * STEP : 7 * STEP + 4096] == b"x" * 4096
+
+
 def test_the_data_survive_the_worker(disk: Open) -> None:
     first = disk(8 << 20)
     with serving(first) as pump:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import weakref
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,14 @@ def test_the_memory_of_a_large_payload_is_not_kept_for_small_ones() -> None:
     assert receiver._large is None
     assert receiver._given is None
     assert receiver._spare is None
+
+
+def test_at_rest_no_large_payload_is_kept() -> None:
+    receiver = Receiver(export(size=64 << 20))
+    feed(receiver, [request(WRITE, payload=bytes(8 << 20))])
+    payload = weakref.ref(receiver._given.obj)  # type: ignore[union-attr]
+    receiver.rest()
+    assert payload() is None
 
 
 def test_a_payload_beyond_the_maximum_loses_the_stream() -> None:
