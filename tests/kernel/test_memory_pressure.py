@@ -1,4 +1,4 @@
-"""A host without free memory goes on, also one that swaps to a device of ours."""
+"""A host without free memory goes on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import filecmp
 import mmap
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +20,7 @@ from tests.running import RunningService
 GIB = 1 << 30
 MIB = 1 << 20
 MAP_LOCKED = 0x2000  # include/uapi/asm-generic/mman.h
-FREE = 60 * MIB  # what the tests leave of a machine's memory
-SWAPPED_PAGES = 2000  # so many, and the swapping is well under way
+FREE = 100 * MIB  # what the tests leave of a machine's memory
 
 pytestmark = [
     pytest.mark.kernel,
@@ -50,38 +48,6 @@ def little_memory() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def swap(device: str) -> Iterator[None]:
-    run("mkswap", device)
-    run("swapon", device)
-    try:
-        yield
-    finally:
-        run("swapoff", device)
-
-
-@contextmanager
-def memory_hog(mebibytes: int) -> Iterator[subprocess.Popen[bytes]]:
-    script = Path(__file__).with_name("memory_hog.py")
-    hog = subprocess.Popen(
-        [sys.executable, str(script), str(mebibytes)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        yield hog
-    finally:
-        hog.kill()
-        hog.communicate()
-
-
-def pages_swapped_out() -> int:
-    found = re.search(r"^pswpout (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1])
-
-
 def of(pid: int, field: str) -> str:
     found = re.search(rf"^{field}:\s+(.*)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     assert found is not None
@@ -94,19 +60,6 @@ def spares(running: RunningService) -> list[int]:
     return [pid for pid, title in titles.items() if title.startswith("nbd-reactor: spare")]
 
 
-def test_swap_on_a_device(service: Start) -> None:
-    running = service(disk(direct=True), "--lock-memory")
-    running.await_true(lambda: bool(spares(running)))
-    with swap("/dev/nbd0"), little_memory(), memory_hog(FREE // MIB + 30) as hog:
-        before = pages_swapped_out()
-        running.await_true(lambda: pages_swapped_out() - before > SWAPPED_PAGES)
-        output, _ = hog.communicate(timeout=120)
-        assert hog.returncode == 0, output.decode()
-    assert running.rpc("reactor_get_workers")[0]["restarts"] == 0
-    assert of(running.workers()[0].pid, "VmSwap") == "0 kB"
-    assert of(running.process.pid, "VmSwap") == "0 kB"
-
-
 @pytest.mark.parametrize("direct", [True, False])
 def test_more_dirty_pages_than_memory(service: Start, tmp_path: Path, direct: bool) -> None:
     running = service(disk(direct=direct))
@@ -117,7 +70,7 @@ def test_more_dirty_pages_than_memory(service: Start, tmp_path: Path, direct: bo
     run("mount", "/dev/nbd0", str(mount))
     try:
         with little_memory():
-            run("dd", "if=/dev/urandom", f"of={mount / 'a'}", "bs=1M", "count=50", "conv=fsync")
+            run("dd", "if=/dev/urandom", f"of={mount / 'a'}", "bs=1M", "count=90", "conv=fsync")
             run("cp", str(mount / "a"), str(mount / "b"))
             os.sync()
             assert filecmp.cmp(mount / "a", mount / "b", shallow=False)
