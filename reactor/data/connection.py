@@ -94,7 +94,7 @@ class Connection:
         if channel.memory is not None:
             self._shortcut = MemoryShortcut(
                 *(channel.memory, export, self._outgoing, self.counters),
-                receive_into=self._receiver.receive_into,
+                receiver=self._receiver,
             )
             self._receiver.shortcut = self._shortcut.answer
         self._backlog: list[Request] = []
@@ -201,6 +201,9 @@ class Connection:
         except BlockingIOError:
             return False
         except OSError as error:
+            shortcut = self._shortcut
+            if error.errno == errno.EFAULT and shortcut is not None and shortcut.lose_place():
+                return True
             self.close(f"receiving failed: {reason(error)}")
             return True
         self.counters.receives += 1

@@ -198,6 +198,11 @@ class Receiver:
         self._parse(requests)
         return requests
 
+    def skip_rest(self, header: Request) -> None:
+        """Skip what is still to come of a payload, then hand out `header`."""
+        assert self._large is not None
+        self._skip, self._large, self._header = len(self._large), None, header
+
     def _take_header(self) -> Request:
         header, self._header = self._header, None  # or its payload would never be let go
         assert header is not None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from backends.malloc import BACKEND, MallocDisk
-from backends.sharedmemory import CHUNK
+from backends.sharedmemory import CHUNK, shared_memory
 from reactor.loop import Reactor
 from reactor.protocol.export import Export
 from reactor.protocol.transmission import REQUESTS_MAX
@@ -131,6 +131,18 @@ def test_a_write_cut_off_in_its_place_is_not_answered(disk: MallocDisk) -> None:
         assert "in the middle of a request" in pump.closed[0]
         assert pump.drain_client() == b""
         assert pump.connection.counters.writes == 0
+
+
+def test_a_write_whose_place_lost_its_memory_fails_alone(disk: MallocDisk) -> None:
+    disk.memory.back(0, SIZE)
+    stream = request(WRITE, 2 * CHUNK, cookie=1 << 63, payload=bytes(CHUNK))
+    with serve(disk) as pump:
+        pump.send(stream[:500_000])
+        pump.turns()
+        path = shared_memory("disk", INSTANCE)
+        os.truncate(path, path.stat().st_size - SIZE + CHUNK)  # as if /dev/shm were full
+        pump.send(stream[500_000:] + request(READ, 0, 512, cookie=2))
+        assert answers(pump, 2, {2: 512}) == {1 << 63: (errno.ENOSPC, b""), 2: (0, bytes(512))}
 
 
 def test_after_refuse_only_the_write_on_its_way_is_done(disk: MallocDisk) -> None:
