@@ -31,11 +31,6 @@ def wide(tmp_path: Path, backend: str, more: str = "") -> str:
     )
 
 
-@pytest.fixture(params=["malloc", "file"])
-def running(request: pytest.FixtureRequest, service: Start, tmp_path: Path) -> RunningService:
-    return service(wide(tmp_path, request.param), cores="0-3")
-
-
 def read_from(cpu: int, block: int = 0) -> list[str]:
     dd = ["dd", "if=/dev/nbd0", "of=/dev/null", "iflag=direct", "bs=4k", "count=1"]
     return ["taskset", "-c", str(cpu), *dd, f"skip={block}"]
@@ -99,8 +94,9 @@ def check_each_cpu_has_its_own_worker(running: RunningService) -> None:
 
 @smp
 def test_killed_workers_are_not_noticed_by_fio_and_the_others_serve(
-    running: RunningService,
+    service: Start, tmp_path: Path
 ) -> None:
+    running = service(wide(tmp_path, "file"), cores="0-3")
     check_each_cpu_has_its_own_worker(running)
     assert (QUEUE / "io_timeout").read_text().strip() == "10000"
     with verifying_from_all_cpus(loops=2) as fio:
@@ -112,7 +108,8 @@ def test_killed_workers_are_not_noticed_by_fio_and_the_others_serve(
 
 
 @smp
-def test_all_workers_die_at_once(running: RunningService) -> None:
+def test_all_workers_die_at_once(service: Start, tmp_path: Path) -> None:
+    running = service(wide(tmp_path, "malloc"), cores="0-3")
     with verifying_from_all_cpus(loops=2) as fio:
         old = running.workers()
         for worker in old.values():
