@@ -18,6 +18,7 @@ from reactor.loop import Reactor, Timer
 from reactor.spec import Key
 
 WATCH_SECONDS: Final = 1.0  # how often the file is looked at, to see that it is still there
+AGAIN_SECONDS: Final = 0.1  # in which a worker that was killed has closed all it had open
 
 
 class FileDisk(Disk):
@@ -31,6 +32,8 @@ class FileDisk(Disk):
         super().__init__(name, opened.size, opened.block_size, readonly=readonly)
         self.path = opened.path
         self.fd = opened.fd
+        self._opened = opened
+        self._taken = False  # another program seems to have the device
         self.is_device = opened.is_device
         self.direct = opened.direct
         self.sync_error = 0  # the errno with which data was lost; see FileChannel
@@ -69,7 +72,7 @@ class FileDisk(Disk):
         self._watch_timer.cancel()
         if self._suspicion is not None:
             self._suspicion.cancel()
-        os.close(self.fd)
+        self._opened.close()
 
     def _find_capabilities(self) -> None:
         if self.is_device:
@@ -86,7 +89,12 @@ class FileDisk(Disk):
     def _watch(self) -> None:
         # All files at the same moment: an idle worker wakes up once for them, and its heartbeat.
         seconds = WATCH_SECONDS - self._reactor.clock() / 1e9 % WATCH_SECONDS
+        was_taken, self._taken = self._taken, self._is_taken()
+        if self._taken and not was_taken:
+            seconds = AGAIN_SECONDS
         self._watch_timer = self._reactor.call_later(seconds, self._watch)
+        if self._taken and was_taken:
+            self._remove("was taken by another program when the worker that held it had died")
         self._look()
 
     def _look_again(self) -> None:
@@ -98,9 +106,22 @@ class FileDisk(Disk):
             return
         problem = self._problem()
         if problem:
-            self._removed = True
-            self._watch_timer.cancel()
-            self.notify(Event.REMOVE, f"{self.path} {problem}")
+            self._remove(problem)
+
+    def _remove(self, problem: str) -> None:
+        self._removed = True
+        self._watch_timer.cancel()
+        self.notify(Event.REMOVE, f"{self.path} {problem}")
+
+    def _is_taken(self) -> bool:
+        # The worker that holds the device for all may have died: until one of the others has seen
+        # it, for a second, it is free to be taken.
+        try:
+            if self._opened.claim is not None:
+                self._opened.claim.keep()
+        except OSError as error:  # what else there may be is tried again
+            return error.errno == errno.EBUSY
+        return False
 
     def _problem(self) -> str | None:
         """Return what has become of the file, None while all is well."""
@@ -156,7 +177,7 @@ class FileBackend(Backend):
         try:
             return FileDisk(name, opened, reactor, readonly=readonly)
         except BaseException:
-            os.close(opened.fd)
+            opened.close()
             raise
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from backends.filelock import READERS, hold_device, is_device_held, lock_file
+from backends.filelock import READERS, DeviceClaim, lock_file
 from backends.linux import NBD_MAJOR, direct_alignment, logical_block_size
 
 # A new image is its owner's: what a disk holds is rarely everybody's business.
@@ -29,6 +29,13 @@ class OpenFile:
     block_size: int
     is_device: bool
     direct: bool
+    claim: DeviceClaim | None  # of a device that several workers write to
+
+    def close(self) -> None:
+        """Close it."""
+        if self.claim is not None:
+            self.claim.close()
+        os.close(self.fd)
 
 
 def open_file(
@@ -56,7 +63,8 @@ def open_file(
         _create(path, wanted)
         status = Path(path).stat()
     is_device = _require_storage(path, status)
-    fd = _open(path, is_device=is_device, readonly=readonly, direct=direct, sharers=sharers)
+    alone = is_device and not readonly and sharers is None
+    fd = _open(path, is_device=is_device, readonly=readonly, direct=direct, alone=alone)
     try:
         if not is_device:
             lock_file(fd, path, READERS if readonly else sharers)
@@ -68,10 +76,13 @@ def open_file(
         size = _size(fd, path, wanted, block_size, is_device=is_device, readonly=readonly)
         if direct:
             _try_direct(fd, path, block_size)
+        claim = None
+        if is_device and not readonly and sharers is not None:
+            claim = DeviceClaim(fd, path, sharers)
     except BaseException:
         os.close(fd)
         raise
-    return OpenFile(path, fd, size, block_size, is_device, direct)
+    return OpenFile(path, fd, size, block_size, is_device, direct, claim)
 
 
 def _error(number: int, path: str, problem: str) -> OSError:
@@ -107,13 +118,13 @@ def _require_storage(path: str, status: os.stat_result) -> bool:
     return False
 
 
-def _open(path: str, *, is_device: bool, readonly: bool, direct: bool, sharers: int | None) -> int:
+def _open(path: str, *, is_device: bool, readonly: bool, direct: bool, alone: bool) -> int:
     flags = os.O_RDONLY if readonly else os.O_RDWR
     if direct:
         flags |= os.O_DIRECT
+    if alone:
+        flags |= os.O_EXCL  # of a device: unless it is mounted or claimed by another program
     try:
-        if is_device and not readonly:
-            return _open_alone(path, flags, sharers)
         return os.open(path, flags)
     except OSError as error:
         if error.errno == errno.EBUSY and is_device:
@@ -122,24 +133,6 @@ def _open(path: str, *, is_device: bool, readonly: bool, direct: bool, sharers: 
         if error.errno == errno.EINVAL and direct:
             raise _no_direct(path) from None
         raise
-
-
-def _open_alone(path: str, flags: int, sharers: int | None) -> int:
-    """Open a device that is not mounted nor claimed by another program; else OSError EBUSY."""
-    try:
-        fd = os.open(path, flags | os.O_EXCL)
-    except OSError as error:
-        if error.errno != errno.EBUSY or sharers is None:
-            raise
-        # The kernel lets one open be exclusive: that of one worker stands for those of all.
-        fd = os.open(path, flags)
-        if is_device_held(fd, sharers):
-            return fd
-        os.close(fd)
-        raise
-    if sharers is not None:
-        hold_device(fd, sharers)
-    return fd
 
 
 def _no_direct(path: str) -> OSError:

@@ -20,6 +20,7 @@ from reactor.protocol.wire import (
     NBD_CMD_WRITE,
     NBD_CMD_WRITE_ZEROES,
 )
+from tests.submitting import turn_until
 from tests.unit.file_disks import MIB, Open, Opened, opening, problem
 
 pytestmark = [
@@ -61,6 +62,14 @@ def device(small: Path) -> Iterator[Device]:
     yield attach
     for name in devices:
         run("losetup", "--detach", name)
+
+
+def is_claimed(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
 
 
 def run(*command: str) -> str:
@@ -145,6 +154,54 @@ def test_a_device_is_shared_by_the_workers_of_one_disk(
     opened(path, shared=True)  # it is the new holder
     assert problem(opened, path) == taken
     assert problem(opened, path, shared=True, name="other") == taken
+
+
+def test_a_shared_device_is_claimed_by_another_worker_when_the_first_has_gone(
+    tmp_path: Path, device: Device, opened: Open
+) -> None:
+    path = device(tmp_path / "backing", MIB)
+    first, second = Opened(path, shared=True), Opened(path, shared=True)
+    third = opened(path, shared=True)
+    first.close()
+    assert not is_claimed(path)
+    turn_until(second.reactor, lambda: is_claimed(path))
+    second.close()
+    turn_until(third.reactor, lambda: is_claimed(path))
+    assert second.events == third.events == []
+
+
+def test_a_shared_device_that_another_program_took_meanwhile_is_removed(
+    tmp_path: Path, device: Device, opened: Open
+) -> None:
+    path = device(tmp_path / "backing", MIB)
+    holder = Opened(path, shared=True)
+    others = [opened(path, shared=True) for _ in range(2)]
+    holder.close()
+    stranger = os.open(path, os.O_RDWR | os.O_EXCL)
+    try:
+        text = f"{path} was taken by another program when the worker that held it had died"
+        assert [other.removal() for other in others] == [text, text]
+        taken = (errno.EBUSY, "is mounted, or in use by another program")
+        assert problem(opened, path, shared=True) == taken
+    finally:
+        os.close(stranger)
+
+
+def test_a_worker_that_is_being_killed_is_no_other_program(
+    tmp_path: Path, device: Device, opened: Open
+) -> None:
+    # Its mark may end before its claim: seen once, that is not believed.
+    path = device(tmp_path / "backing", MIB)
+    holder = Opened(path, shared=True)
+    other = opened(path, shared=True)
+    holder.close()
+    claim = os.open(path, os.O_RDONLY | os.O_EXCL)
+    try:
+        turn_until(other.reactor, lambda: other.disk._taken)
+    finally:
+        os.close(claim)
+    turn_until(other.reactor, lambda: is_claimed(path))
+    assert not other.events
 
 
 def test_a_device_of_another_program_is_not_shared(
