@@ -53,8 +53,8 @@ EVENTS: Final[dict[str, dict[str, type]]] = {
 HANDOVERS: Final[dict[str, dict[str, type]]] = {
     "connection": {"disk": str, "generation": int},  # one socket whose other end the kernel has
     "listener": {"name": str},  # a listening socket that systemd made
-    # From another worker: a client behind its handshake with what it sent since, and a socket to
-    # be closed with the client's.
+    # From another worker: a client behind its handshake with what it sent since, and a socket that
+    # gets one byte to take the client and is closed with the client's.
     "client": {"disk": str, "trailing": bytes},
 }
 

@@ -115,13 +115,16 @@ class ServedDisk:
     ) -> None:
         """Serve the transmission phase on `sock`, a client's (generation 0) or the kernel's.
 
-        `leash` is closed when `sock` is.
+        `leash` is closed when `sock` is. One byte on it takes the client from the worker that
+        offers it; raises OSError when it has taken the client back.
         """
         if self._refuses(generation):
             sock.close()
             if leash is not None:
                 leash.close()
             return
+        if leash is not None:
+            leash.send(b"\1")
         connection = Connection(
             self._reactor, sock, self.export, self._channel, self._closed, trailing=trailing
         )

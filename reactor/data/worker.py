@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Final
 
@@ -143,7 +144,7 @@ class Worker:
             self._unlisten(served)
             served.spec = spec
             self._listen(served)
-        self._spread(spec.name, message["members"])
+        self._spread(served, message["members"])
         export = served.export
         self._bus.send(
             "started",
@@ -262,13 +263,18 @@ class Worker:
 
     # --- listeners ---
 
-    def _spread(self, name: str, cores: list[int]) -> None:
+    def _spread(self, served: ServedDisk, cores: list[int]) -> None:
         """Give the clients of a disk to the workers of `cores` too."""
+        name = served.spec.name
         members = [descriptor_socket(self._runtime_dir, core) for core in cores]
-        spread = self._spreads.get(name)
-        if spread is not None:
-            spread.close()
-        self._spreads[name] = ClientSpread(self._reactor, name, members)
+        if name in self._spreads:
+            self._spreads[name].members = members
+            return
+
+        def serve(client: socket.socket, trailing: bytes) -> None:
+            served.serve(client, 0, trailing)
+
+        self._spreads[name] = ClientSpread(self._reactor, name, members, serve)
 
     def _listen(self, served: ServedDisk) -> None:
         for address in served.spec.listen:
@@ -303,8 +309,8 @@ class Worker:
         served = self._disks.get(export.name)
         if served is None:
             sock.close()
-        elif not self._spreads[export.name].give(sock, trailing, served.clients):
-            served.serve(sock, 0, trailing)
+        else:
+            self._spreads[export.name].give(sock, trailing, served.clients)
 
     # --- descriptors from the controller ---
 
@@ -340,7 +346,8 @@ class Worker:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             self._take(message, socks)
         except (OSError, ValueError) as error:
-            log.warning("handover refused: %s", reason(error))
+            level = INFO if message["type"] == "client" else WARNING  # who gave it serves it
+            log.log(level, "handover refused: %s", reason(error))
             _close_all(socks)
             if message["type"] == "connection":
                 fields = {name: message[name] for name in ("disk", "generation")}
