@@ -89,13 +89,13 @@ class Shares:
 
     @property
     def closed(self) -> list[Share]:
-        """Those that have yet to open the disk, or to lead as they should."""
+        """Those that have yet to open the disk, or to lead as they should, or no longer."""
         members = list(self.cores[1:])
         leader = self._leader()
         return [
             share
             for share in self._taking_part()
-            if not share.opened or (share is leader and share.members != members)
+            if not share.opened or share.members != (members if share is leader else None)
         ]
 
     @property
@@ -131,10 +131,12 @@ class Shares:
 
     def open_next(self, spec: DiskSpec) -> None:
         """Have the disk opened by the first that has yet to and whose worker runs, if any."""
-        share = next((s for s in self.closed if s.worker.state == "running"), None)
-        if share is None:
-            return
         core, *members = self.cores
+        running = [share for share in self.closed if share.worker.state == "running"]
+        if not running:
+            return
+        # Who is to lead waits until the one that did listens no more.
+        share = min(running, key=lambda share: share.opened and share.worker.core == core)
         leads = share.worker.core == core
         spec = spec.with_device(None)  # what the worker needs not know changes without it
 
@@ -232,7 +234,10 @@ class Shares:
         return [share for share in self._all if not share.given_up]
 
     def _leader(self) -> Share:
+        """Return the first that takes part; while it opens the disk, the one that leads now."""
         shares = self._taking_part() or self._all
+        if shares[0].opened:
+            return shares[0]
         return next((share for share in shares if share.members is not None), shares[0])
 
     def _follows(self, share: Share) -> bool:

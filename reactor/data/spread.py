@@ -19,7 +19,7 @@ from reactor.messages import encode
 HANDED_MAX: Final = 256  # clients of one disk that one other worker serves
 TAKE_SECONDS: Final = 1.0  # until a worker must have taken a client
 REFUSAL_SECONDS: Final = 0.5  # for which a worker is spared that refused a client
-SILENCE_SECONDS: Final = 5.0  # for which one is that did not answer; the controller ends it
+SILENCE_SECONDS: Final = 10.0  # for which one is that did not answer
 
 log = logger(__name__)
 

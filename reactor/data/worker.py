@@ -134,13 +134,12 @@ class Worker:
             try:
                 self._listen(served)
             except BaseException:
-                self._unlisten(served)
                 served.stop(0, lambda: None)
                 raise
             self._disks[spec.name] = served
         elif replace(served.spec, listen=spec.listen) != spec:
             raise OSError(errno.EBUSY, f"disk {spec.name} is served with another config")
-        elif served.spec.listen != spec.listen:  # it takes over those of a worker that was given up
+        elif served.spec.listen != spec.listen:  # another worker led, or does from now on
             self._unlisten(served)
             served.spec = spec
             self._listen(served)
@@ -277,11 +276,17 @@ class Worker:
         self._spreads[name] = ClientSpread(self._reactor, name, members, serve)
 
     def _listen(self, served: ServedDisk) -> None:
-        for address in served.spec.listen:
-            if address not in self._listeners:
-                self._listeners[address] = self._open_listeners(address)
-            for listener in self._listeners[address]:
-                listener.exports[served.spec.name] = served.export
+        """Listen for the disk's clients on all its addresses, or none; raises OSError."""
+        try:
+            for address in served.spec.listen:
+                if address not in self._listeners:
+                    self._listeners[address] = self._open_listeners(address)
+                for listener in self._listeners[address]:
+                    listener.exports[served.spec.name] = served.export
+        except BaseException:
+            self._unlisten(served)
+            served.spec = replace(served.spec, listen=())
+            raise
 
     def _unlisten(self, served: ServedDisk) -> None:
         spread = self._spreads.pop(served.spec.name, None)

@@ -94,7 +94,7 @@ def test_clients_are_spread_and_see_each_others_writes(
         for number in range(4):
             assert client.read(number * MIB, MIB) == bytes([65 + number]) * MIB
     workers = running.workers().values()
-    assert [clients_of(tmp_path, worker) for worker in workers] == [2, 2]
+    running.await_true(lambda: [clients_of(tmp_path, worker) for worker in workers] == [2, 2])
     running.await_true(lambda: count(running, "written_bytes") == 4 * MIB)
     assert count(running, "connections") == 4
     clients[1].close()
@@ -102,7 +102,7 @@ def test_clients_are_spread_and_see_each_others_writes(
     running.await_true(lambda: count(running, "connections") == 2)
     for client in connect(2):
         client.read(0, 512)
-    assert [clients_of(tmp_path, worker) for worker in workers] == [2, 2]
+    running.await_true(lambda: [clients_of(tmp_path, worker) for worker in workers] == [2, 2])
 
 
 def test_what_a_client_sent_with_its_handshake_goes_with_it(
@@ -120,7 +120,8 @@ def test_what_a_client_sent_with_its_handshake_goes_with_it(
         received = b""
         while not received.endswith(reply):
             received += sock.recv(65536)
-        assert [clients_of(tmp_path, worker) for worker in running.workers().values()] == [1, 1]
+        workers = running.workers().values()
+        running.await_true(lambda: [clients_of(tmp_path, worker) for worker in workers] == [1, 1])
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["owner", "member"])
@@ -170,11 +171,74 @@ def test_a_worker_that_hangs_is_replaced_and_its_clients_alone_are_lost(
 ) -> None:
     running = service(wide(tmp_path), cores=BOTH)
     owner, member = connect(2)
+    member.read(0, 512)
     running.workers()[running.await_state("w", "online")["cores"][1]].send_signal(signal.SIGSEGV)
     assert member.at_end()
     owner.write(0, b"x" * 512)
     running.await_true(lambda: len(running.workers()) == 2)
     running.await_state("w", "online")
+
+
+def test_new_clients_are_served_while_a_worker_comes_back(
+    running: RunningService, connect: Connect
+) -> None:
+    connect(1)[0].write(0, b"k" * 4096)
+    disk = running.await_state("w", "online")
+    for _ in range(2):
+        old = running.workers()[disk["cores"][1]]
+        old.kill()
+        came_back = False
+        while not came_back:
+            workers, state = running.workers(), running.rpc("reactor_get_disks")[0]["state"]
+            came_back = workers.get(disk["cores"][1], old) != old and state == "online"
+            for client in connect(4):
+                assert client.read(0, 4096) == b"k" * 4096
+                client.close()
+
+
+def test_clients_for_a_worker_that_hangs_are_served_by_another(
+    service: Start, tmp_path: Path, connect: Connect
+) -> None:
+    running = service(wide(tmp_path), cores=BOTH)
+    first = connect(1)[0]
+    first.write(0, b"k" * 4096)
+    member = running.workers()[running.await_state("w", "online")["cores"][1]]
+    member.suspend()
+    try:
+        for client in connect(8):
+            assert client.read(0, 4096) == b"k" * 4096
+    finally:
+        member.resume()
+    running.await_line("did not take a client")
+    running.await_true(lambda: clients_of(tmp_path, member) == 0)
+    for client in connect(1):
+        client.write(0, b"n" * 4096)
+    assert first.read(0, 4096) == b"n" * 4096
+
+
+def test_the_owner_that_was_done_without_leads_again(
+    service: Start, tmp_path: Path, connect: Connect
+) -> None:
+    """Its core's other disks share the listener, which only one process can have."""
+    listener = f"core: {CORES[0]}, listen: 'unix:{tmp_path}/w.sock'"
+    config = f"disks:\n  w: {{backend: malloc, size: 8MiB, connections: 2, {listener}}}\n"
+    running = service(config, cores=BOTH)
+    lock_path = running.runtime_dir / f"worker-{CORES[0]}.lock"
+    with lock_path.open("r+") as lock:
+        running.workers()[CORES[0]].kill()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        running.await_line(f"disk w does without core {CORES[0]}")
+        assert running.await_state("w", "online")["cores"] == [CORES[1]]
+        kept = connect(1)[0]
+        kept.write(0, b"k" * 4096)
+    running.rpc("reactor_start_disk", name="w")
+    assert running.await_state("w", "online")["cores"] == CORES
+    keys = {"backend": "malloc", "size": "1MiB", "core": CORES[0]}
+    keys["listen"] = f"unix:{tmp_path}/w.sock"
+    running.rpc("reactor_start_disk", name="n", keys=keys)
+    for client in connect(2):
+        assert client.read(0, 4096) == b"k" * 4096
+    kept.write(0, b"l" * 4096)
 
 
 def test_resize_reaches_every_worker(running: RunningService, connect: Connect) -> None:
