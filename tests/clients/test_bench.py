@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,8 @@ def test_what_is_not_installed_is_named_and_left_out(tmp_path: Path) -> None:
     done = bench("--only", "^memory/.*/randread-4k-32$", "--idle-seconds", "0", PATH=path)
     assert "no C compiler" in done.stderr
     assert "fio: not installed" in done.stderr
-    assert done.returncode == 0
+    assert "not measured: memory/batched/randread-4k-32" in done.stderr
+    assert done.returncode == 1
     assert "| memory" not in done.stdout
 
 
@@ -115,6 +117,45 @@ def test_a_server_that_dies_on_the_way_is_left_out_from_there_on(tmp_path: Path)
     assert "nbd-reactor, 64 disks" in results["idle_cpu"]
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_server_that_does_not_start_is_left_out(tmp_path: Path, status: int) -> None:
+    path = path_with(tmp_path, "gcc", "as", "ld")
+    nbdkit = tmp_path / "bin/nbdkit"
+    nbdkit.write_text(f"#!/bin/sh\nexit {status}\n")
+    nbdkit.chmod(0o755)
+    once = ["--repetitions", "1", "--seconds", "0.01", "--idle-seconds", "0", "--size", "16MiB"]
+    done = bench("--only", "^memory/batched/randread-4k-32$", *once, PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert f"left out: memory: nbdkit: exit status {status}" in done.stderr
+    assert "| memory/batched/randread-4k-32 |" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_interrupted_fails(number: signal.Signals) -> None:
+    only = ["--only", "^memory/batched/randread-4k-32$", "--size", "16MiB", "--seconds", "60"]
+    with subprocess.Popen(
+        [sys.executable, str(BENCH), *only],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stderr
+        for line in running.stderr:
+            if line.startswith("[1/1"):
+                break
+        running.send_signal(number)
+        said = running.stderr.read()
+    assert running.returncode == 128 + number, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+
+
+def test_what_is_to_be_counted_but_cannot_be_fails_the_run(tmp_path: Path) -> None:
+    done = bench("--only", "^counts/batched/randread-4k-1$", PATH=path_with(tmp_path))
+    assert done.returncode == 1
+    assert "not measured: counts/batched/randread-4k-1" in done.stderr
+
+
 # --- what it counts ---
 
 
@@ -159,7 +200,7 @@ def test_where_nothing_may_trace_the_rest_is_counted(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     only = ["--only", "^counts/batched/randwrite-4k-32$"]
     done = bench(*only, "--json", str(numbers), PATH=path_with(tmp_path, "gcc", "as", "ld"))
-    assert done.returncode == 0
+    assert done.returncode == (0 if os.geteuid() else 1)
     assert "system calls are not counted" in done.stderr
     found = counts_of(numbers)["randwrite-4k-32"]
     assert found.keys() == {"allocations", "large allocations", "copies"}

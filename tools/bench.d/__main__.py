@@ -35,6 +35,7 @@ QUICK_REPETITIONS: Final = 3
 QUICK_SECONDS: Final = 0.2
 QUICK_IDLE_SECONDS: Final = 3.0
 SIZE: Final = "256MiB"
+INTERRUPTED: Final = 128  # and the signal's number, as a shell has it
 DIRECTORY: Final = "/var/tmp"  # /tmp may be in memory, and there is no O_DIRECT there
 VERSIONS: Final = {
     "nbdkit": ["nbdkit", "--version"],
@@ -45,36 +46,52 @@ VERSIONS: Final = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 1 when a request costs more than it may."""
+    """Run the command; returns the exit status: 1 when it proves less than was asked for."""
     options = _parse(arguments)
     if options.earlier:
         _tell(options.earlier, options)
         return 0
     cases = [case for case in CASES if case.quick or not options.quick]
     cases = [case for case in cases if options.only.search(case.name)]
-    if options.list:
-        _show("\n".join(case.name for case in cases))
-        return 0
-    if not cases:
-        return _fail("--only leaves nothing", 2)
+    if options.list or not cases:
+        return _list(cases) if options.list else _fail("--only leaves nothing", 2)
     # What was started is stopped either way.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt)
     plan = _plan(options, cases)
     if options.profile:
         return _profile(plan, options.profile)
     results = Results(_about(plan))
+    interrupted = 0
     try:
         measure(plan, results)
     except OSError as error:
         return _fail(str(error), 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        interrupted = INTERRUPTED + (error.args[0] if error.args else signal.SIGINT)
         print("interrupted; this is what was measured:", file=sys.stderr)
     # As a later --from will read it, so that it will tell the same.
     results = record.from_json(record.as_json(results))
     _tell(results, options)
+    return interrupted or _judged(results, cases)
+
+
+def _judged(results: Results, cases: Sequence[Case]) -> int:
+    """Return the exit status of a run that was not interrupted."""
     broken = goals.broken_bounds(results)
-    return _fail("a request costs too much:\n" + "\n".join(broken), 1) if broken else 0
+    if broken:
+        return _fail("a request costs too much:\n" + "\n".join(broken), 1)
+    missing = goals.unproven(results, cases, may_trace=os.geteuid() == 0)
+    return _fail("not measured: " + ", ".join(missing), 1) if missing else 0
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _list(cases: Sequence[Case]) -> int:
+    _show("\n".join(case.name for case in cases))
+    return 0
 
 
 def _profile(plan: Plan, case: Case) -> int:

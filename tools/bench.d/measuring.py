@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -257,8 +257,8 @@ class _Bench:
                 if self.load:
                     loads.verify(self.load, self.plan.load_core, server)
                 alive[name] = server
-            except BenchError as error:
-                self.note(f"left out: {kind}: {error}")
+            except (BenchError, OSError) as error:
+                self.note(f"left out: {kind}: {name}: {str(error).removeprefix(f'{name}: ')}")
         return alive
 
     def measure_case(self, case: Case, participants: Participants) -> None:
@@ -316,9 +316,7 @@ class _Bench:
         with self.going_on("idle"), contextlib.ExitStack() as stack:
             for server in alive:
                 stack.enter_context(loads.connected(self.load, self.plan.load_core, server, []))
-            used = self.idle_cpu([server.pid for server in alive])
-            names = [server.name for server in alive]
-            self.results.idle.update(zip(names, used, strict=True))
+            self.watch_idle({server.name: server.pid for server in alive})
 
     def measure_many_disks(self) -> None:
         """See what many disks of ours cost at rest, and what a quiet one feels of busy ones."""
@@ -333,20 +331,23 @@ class _Bench:
                 client = loads.Generator(self.load, self.plan.load_core, path, export, [])
                 stack.callback(client.close)
                 client.await_ready()
-            (self.results.idle[servers.MANY],) = self.idle_cpu([server.pid])
+            self.watch_idle({servers.MANY: server.pid})
             self.results.memory[f"memory/{servers.MANY}"] = server.resident_bytes()
             self.say("a quiet disk beside busy ones")
             self.results.fairness = fairness.measure_fairness(
                 self.load, self.plan.load_core, server, self.plan.seconds
             )
 
-    def idle_cpu(self, pids: Sequence[int]) -> list[float]:
-        """Return the CPU seconds a second of each tree while nothing is asked for."""
+    def watch_idle(self, pids: Mapping[str, int]) -> None:
+        """See what CPU each server's tree uses while nothing is asked for."""
         time.sleep(IDLE_SETTLING_SECONDS)
-        before = [processes.cpu_seconds(pid) for pid in pids]
+        before = {name: processes.cpu_seconds_of_each(pid) for name, pid in pids.items()}
         time.sleep(self.plan.idle_seconds)
-        after = [processes.cpu_seconds(pid) for pid in pids]
-        return [
-            (late - early) / self.plan.idle_seconds
-            for early, late in zip(before, after, strict=True)
-        ]
+        for name, pid in pids.items():
+            after = processes.cpu_seconds_of_each(pid)
+            used = [
+                (seconds - before[name].get(each, 0.0)) / self.plan.idle_seconds
+                for each, seconds in after.items()
+            ]
+            self.results.idle[name] = sum(used)
+            self.results.idle_busiest[name] = max(used, default=0.0)

@@ -40,12 +40,17 @@ def tree(pid: int) -> list[psutil.Process]:
 
 def cpu_seconds(pid: int) -> float:
     """Return the CPU time of a tree, with that of children it has waited for."""
-    total = 0.0
+    return sum(cpu_seconds_of_each(pid).values())
+
+
+def cpu_seconds_of_each(pid: int) -> dict[int, float]:
+    """Return the CPU time of each process of a tree, with that of children it has waited for."""
+    found = {}
     for process in tree(pid):
         with contextlib.suppress(psutil.NoSuchProcess, OSError):
             _user, _system, *of_children = process.cpu_times()[:4]
-            total += time.clock_gettime(_cpu_clock(process.pid)) + sum(of_children)
-    return total
+            found[process.pid] = time.clock_gettime(_cpu_clock(process.pid)) + sum(of_children)
+    return found
 
 
 def _cpu_clock(pid: int) -> int:
@@ -66,6 +71,8 @@ def resident_bytes(pid: int) -> list[int]:
 
 def stop(processes: Sequence[psutil.Process]) -> None:
     """Terminate the first of a tree, and kill what is left of it after a while."""
+    if not processes:  # it has ended by itself
+        return
     with contextlib.suppress(psutil.NoSuchProcess):
         processes[0].terminate()
     _gone, left = psutil.wait_procs(processes, STOP_SECONDS)

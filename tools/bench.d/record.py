@@ -19,6 +19,7 @@ def as_json(results: Results) -> str:
         "counts": results.counts,
         "memory_bytes": results.memory,
         "idle_cpu": results.idle,
+        "idle_cpu_of_busiest_process": results.idle_busiest,
         "fairness": results.fairness,
     }
     lists = {
@@ -47,6 +48,7 @@ def from_json(text: str) -> Results:
         rows=rows,
         memory=found["memory_bytes"],
         idle=found["idle_cpu"],
+        idle_busiest=found.get("idle_cpu_of_busiest_process", {}),  # older runs did not ask
         fairness=found["fairness"],
         notes=found["notes"],
     )

@@ -55,6 +55,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     memory: dict[str, list[int]] = field(default_factory=dict)  # of each process, by KIND/SERVER
     idle: dict[str, float] = field(default_factory=dict)
+    idle_busiest: dict[str, float] = field(default_factory=dict)  # of the busiest process
     fairness: dict[str, Measures] = field(default_factory=dict)  # of a reader, by its neighbours
     notes: list[str] = field(default_factory=list)
 

@@ -218,7 +218,8 @@ def running(
 def _await(name: str, place: Place, started: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not (b"ready:" in log.read_bytes() if name == OURS else _listens(place.socket)):
-        if started.poll():
+        # Only nbd-server leaves for the background.
+        if started.poll() is not None and (started.returncode or name != "nbd-server"):
             raise BenchError(f"{name}: exit status {started.returncode}: {_tail(log)}")
         if time.monotonic() > deadline:
             raise BenchError(f"{name}: does not listen: {_tail(log)}")
