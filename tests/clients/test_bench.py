@@ -150,6 +150,14 @@ def test_a_run_that_is_interrupted_fails(number: signal.Signals) -> None:
     assert "Traceback" not in said
 
 
+def test_an_interrupt_while_it_is_loaded_is_no_traceback(tmp_path: Path) -> None:
+    interrupt = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "psutil.py").write_text(interrupt)  # one of its imports
+    done = bench("--list", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 130
+    assert done.stderr == ""
+
+
 def test_what_is_to_be_counted_but_cannot_be_fails_the_run(tmp_path: Path) -> None:
     done = bench("--only", "^counts/batched/randread-4k-1$", PATH=path_with(tmp_path))
     assert done.returncode == 1
