@@ -49,6 +49,15 @@ class Host:
         return f"nbd-reactor:{self.instance}:{disk}"
 
 
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """Another size that was asked for. Sizes in bytes."""
+
+    size: int
+    done: Done
+    before: int  # the size that the spec named
+
+
 class DiskControl:
     """A disk and what is done to make it what it should be."""
 
@@ -77,7 +86,7 @@ class DiskControl:
         self._configured = spec
         self._waiting: list[Done] = []
         self._attaching: Callable[[str | Exception], None] | None = None
-        self._resize: tuple[int, Done] | None = None
+        self._resize: Resize | None = None
 
     # --- what front ends ask ---
 
@@ -107,7 +116,7 @@ class DiskControl:
             self.want("online")
             return True
         old = replace(self.spec, device=spec.device)
-        if size and self.online and old == spec.with_size(self.spec.options.get("size", size)):
+        if size and self._rising() and old == spec.with_size(self.spec.options.get("size", size)):
             self.spec = old
             if size < self._shares.geometry.size:
                 log.warning(
@@ -135,12 +144,14 @@ class DiskControl:
 
     def _report_resize(self, error: Exception | None) -> None:
         if isinstance(error, OSError) and error.errno == errno.EBUSY and self._rising():
-            # Another resize is under way; the newest config counts.
-            self._host.reactor.call_later(
-                RESIZE_RETRY_SECONDS, lambda: self.change(self._configured)
-            )
+            # It is not online yet, or another resize is under way; the newest config counts.
+            self._host.reactor.call_later(RESIZE_RETRY_SECONDS, self._change_again)
         elif error is not None:
             log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
+
+    def _change_again(self) -> None:
+        if self._rising():
+            self.change(self._configured)
 
     def detach(self, done: Done) -> None:
         """Give up the device; the disk stays."""
@@ -152,7 +163,7 @@ class DiskControl:
         if self._resize is not None or not self.online:
             done(OSError(errno.EBUSY, f"disk {self.spec.name} is {self.state}"))
             return
-        self._resize = (size, done)
+        self._resize = Resize(size, done, self.spec.options.get("size", size))
         self._again(None)
 
     # --- what it is ---
@@ -246,7 +257,9 @@ class DiskControl:
     def step(self) -> None:
         """Do the next thing, if nothing is awaited."""
         if self._errand.busy():
-            if not self._rising():
+            if self._rising():
+                self._shares.kill_obstructing()
+            else:
                 self._shares.kill_silent()
             return
         if self._rising():
@@ -271,6 +284,10 @@ class DiskControl:
         shares.open_next(self.spec)
         if self._errand.busy() or self.failure is not None:
             return
+        if self._resize is None:
+            shares.agree()
+            if self._errand.busy():
+                return
         if device is None:
             if self.spec.device and not shares.closed and self._host.may_attach(self):
                 link.attach(self.spec, self._host.tag(self.spec.name), shares.geometry)
@@ -282,7 +299,7 @@ class DiskControl:
         if self._errand.busy() or self.state != "online":
             return
         if self._resize is not None:
-            self._resize_step(*self._resize)
+            self._resize_step(self._resize.size, self._resize.done)
         else:
             self._settle()
 
@@ -359,11 +376,11 @@ class DiskControl:
             and self.failure is None
             and self._link.serving
         ):
-            _, done = self._resize
-            self._resize = None
-            self.spec = self.spec.with_size(self._shares.geometry.size)
+            resize, self._resize = self._resize, None
+            if self._shares.geometry.size != resize.size:
+                self.spec = self.spec.with_size(resize.before)
             self._link.fitted = False  # should the kernel have the new size already
-            done(error)
+            resize.done(error)
             return
         if self.failure is None:
             log.error("disk %s failed: %s", self.spec.name, reason(error))
@@ -396,9 +413,8 @@ class DiskControl:
             attaching, self._attaching = self._attaching, None
             attaching(error or self.path or OSError(errno.ENODEV, "the disk is stopped"))
         if self._resize is not None and not self._rising():
-            _, resized = self._resize
-            self._resize = None
-            resized(error or OSError(errno.ENODEV, "the disk is stopped"))
+            resize, self._resize = self._resize, None
+            resize.done(error or OSError(errno.ENODEV, "the disk is stopped"))
         waiting, self._waiting = self._waiting, []
         self._host.on_settled(self)
         # Last: whoever hears of it may want something else at once.

@@ -44,6 +44,7 @@ class Share:
     def close(self) -> None:
         """Note that the worker has nothing of the disk any more."""
         self.opened = False  # it has the disk open
+        self.size = 0  # bytes of the disk, as it last told
         self.members: list[int] | None = None  # it leads, and gives clients to these cores
         self.refusing = False  # it refuses I/O
         self.statistics: dict[str, int] = {}
@@ -135,8 +136,14 @@ class Shares:
         running = [share for share in self.closed if share.worker.state == "running"]
         if not running:
             return
-        # Who is to lead waits until the one that did listens no more.
-        share = min(running, key=lambda share: share.opened and share.worker.core == core)
+        # Who is to lead waits until the one that did listens no more. Else those that hang wait.
+        share = min(
+            running,
+            key=lambda share: (
+                share.opened and share.worker.core == core,
+                not share.worker.healthy,
+            ),
+        )
         leads = share.worker.core == core
         spec = spec.with_device(None)  # what the worker needs not know changes without it
 
@@ -145,6 +152,7 @@ class Shares:
                 size, block_size, flags = (message[k] for k in ("size", "block_size", "flags"))
                 self.geometry = Geometry(size, block_size, flags)
             share.opened = True
+            share.size = message["size"]
             share.members = members if leads else None
 
         self._ask(
@@ -173,13 +181,32 @@ class Shares:
             then()
             return
         share, *others = shares
+        leads = not self._follows(share)
 
         def resized(_worker: WorkerProcess, message: Message) -> None:
-            self.geometry = replace(self.geometry, size=message["size"])
+            share.size = message["size"]
+            if leads:  # only then is it so: followers show what they are told
+                self.geometry = replace(self.geometry, size=share.size)
             self._resize(others, size, then)
 
-        fields = {"disk": self._disk, "size": size, "follow": self._follows(share)}
+        fields = {"disk": self._disk, "size": size, "follow": not leads}
         self._ask([share], "resize", "resized", OPEN_SECONDS, resized, **fields)
+
+    def agree(self) -> None:
+        """Have the disk's size shown by one that shows another, if any.
+
+        A resize failed half-way, or the storage had changed when a worker opened it anew.
+        """
+        size = self.geometry.size
+        share = next((s for s in self.opened if s.size != size and s.worker.healthy), None)
+        if share is None:
+            return
+
+        def agreed(_worker: WorkerProcess, _message: Message) -> None:
+            share.size = size
+
+        fields = {"disk": self._disk, "size": size, "follow": True}
+        self._ask([share], "resize", "resized", OPEN_SECONDS, agreed, **fields)
 
     def refuse(self) -> bool:
         """Have all I/O refused from now on; False when that is so, or nobody can be asked."""
@@ -205,6 +232,17 @@ class Shares:
         for share in self._all:
             if self._errand.needs(share.worker) and share.worker.is_silent:
                 share.worker.kill(f"disk {self._disk} must stop and it does not answer")
+
+    def kill_obstructing(self) -> None:
+        """End the workers whose answer does not come while another waits to open the disk.
+
+        But not those that are opening it themselves: that may take its time.
+        """
+        if any(share.worker.healthy for share in self.closed):
+            for share in self.opened:
+                if self._errand.needs(share.worker) and share.worker.is_silent:
+                    why = f"disk {self._disk} waits for its answer, and another worker for the disk"
+                    share.worker.kill(why)
 
     def answered(self, share: Share, message: Message) -> None:
         """Take what may be the answer to a command."""

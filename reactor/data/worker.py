@@ -137,7 +137,7 @@ class Worker:
                 served.stop(0, lambda: None)
                 raise
             self._disks[spec.name] = served
-        elif replace(served.spec, listen=spec.listen) != spec:
+        elif replace(served.spec, listen=spec.listen).with_size(0) != spec.with_size(0):
             raise OSError(errno.EBUSY, f"disk {spec.name} is served with another config")
         elif served.spec.listen != spec.listen:  # another worker led, or does from now on
             self._unlisten(served)

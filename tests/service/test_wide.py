@@ -12,6 +12,8 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import psutil
 import pytest
@@ -270,6 +272,108 @@ def test_a_worker_that_dies_after_a_resize_comes_back_with_the_new_size(
     running.await_state("w", "online")
     for client in connect(2):
         assert client.size == 16 * MIB
+
+
+def all_show(connect: Connect, size: int) -> Callable[[], bool]:
+    """Return whether clients of every worker are told `size` and can read up to it."""
+
+    def check() -> bool:
+        clients = connect(4)
+        sizes = {client.size for client in clients}
+        if sizes == {size}:
+            assert all(len(client.read(size - 4096, 4096)) == 4096 for client in clients)
+        for client in clients:
+            client.close()
+        return sizes == {size}
+
+    return check
+
+
+def test_a_refused_shrink_changes_no_worker(
+    service: Start, tmp_path: Path, connect: Connect
+) -> None:
+    (tmp_path / "image").write_bytes(bytes(8 * MIB))
+    running = service(wide(tmp_path, "file", more=", readonly: true"), cores=BOTH)
+    clients = connect(2)
+    for _ in range(2):
+        answer = running.rpc_raw("reactor_resize_disk", name="w", size=MIB)
+        assert "read-only" in answer["error"]["message"]
+        running.await_true(all_show(connect, 8 * MIB))
+        for client in clients:
+            assert client.read(7 * MIB, MIB) == bytes(MIB)
+    assert running.await_state("w", "online")["size"] == 8 * MIB
+
+
+def test_after_a_refused_resize_a_member_can_be_done_without(
+    service: Start, tmp_path: Path, connect: Connect
+) -> None:
+    """The file is larger than its `size`: what is shown is not what the config says."""
+    (tmp_path / "image").write_bytes(bytes(16 * MIB))
+    running = service(wide(tmp_path, "file", more=f", core: {CORES[0]}"), cores=BOTH)
+    assert "error" in running.rpc_raw("reactor_resize_disk", name="w", size=1 << 62)
+    (client,) = connect(1)
+    with (running.runtime_dir / f"worker-{CORES[1]}.lock").open("r+") as lock:
+        running.workers()[CORES[1]].kill()
+        fcntl.flock(lock, fcntl.LOCK_EX)  # so that it cannot start again
+        running.await_line(f"disk w does without core {CORES[1]}")
+        disk = running.await_state("w", "online")
+    assert (disk["cores"], disk["size"]) == ([CORES[0]], 16 * MIB)
+    assert client.read(16 * MIB - 4096, 4096) == bytes(4096)
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["owner", "member"])
+def test_a_worker_that_finds_the_file_grown_shows_what_the_others_do(
+    service: Start, tmp_path: Path, connect: Connect, victim: int
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(8 * MIB))
+    running = service(wide(tmp_path, "file").replace(" size: 8MiB,", ""), cores=BOTH)
+    core = running.await_state("w", "online")["cores"][victim]
+    os.truncate(image, 16 * MIB)
+    before = running.workers()[core]
+    before.kill()
+    running.await_true(lambda: running.workers().get(core, before) != before)
+    assert running.await_state("w", "online")["size"] == 8 * MIB
+    running.await_true(all_show(connect, 8 * MIB))
+
+
+def test_a_reload_grows_a_disk_while_one_of_its_workers_restarts(
+    running: RunningService, connect: Connect
+) -> None:
+    owner, member = connect(2)
+    owner.write(0, b"k" * 4096)
+    config = running.config_path.read_text()
+    running.config_path.write_text(config.replace("8MiB", "16MiB"))
+    running.workers()[running.await_state("w", "online")["cores"][1]].kill()
+    running.await_line("was ended by signal 9")
+    running.rpc("reactor_reload")
+    assert member.at_end()
+    running.await_true(lambda: running.rpc("reactor_get_disks", name="w")[0]["size"] == 16 * MIB)
+    running.await_true(all_show(connect, 16 * MIB))
+    assert owner.read(0, 4096) == b"k" * 4096, "its client was not cut off"
+    assert not any(owner.read(16 * MIB - 4096, 4096))
+
+
+def test_a_member_that_hangs_does_not_keep_the_owner_from_coming_back(
+    service: Start, tmp_path: Path, connect: Connect
+) -> None:
+    running = service(wide(tmp_path), cores=BOTH)
+    owner, member = (running.workers()[c] for c in running.await_state("w", "online")["cores"])
+    member.suspend()
+    answers: list[dict[str, Any]] = []
+    resize = Thread(
+        target=lambda: answers.append(
+            running.rpc_raw("reactor_resize_disk", name="w", size=16 * MIB)
+        )
+    )
+    resize.start()
+    running.await_true(lambda: running.rpc("reactor_get_disks", name="w")[0]["size"] == 16 * MIB)
+    owner.kill()
+    running.await_line("waits for its answer, and another worker for the disk")
+    resize.join()
+    assert "error" not in answers[0]
+    running.await_state("w", "online")
+    running.await_true(all_show(connect, 16 * MIB))
 
 
 def test_hot_remove_ends_the_clients_of_all_workers(
