@@ -299,16 +299,21 @@ class DiskControl:
         if self._errand.busy() or self.state != "online":
             return
         if self._resize is not None:
-            self._resize_step(self._resize.size, self._resize.done)
+            self._resize_step(self._resize)
         else:
             self._settle()
 
-    def _resize_step(self, size: int, done: Done) -> None:
-        device, link, shares = self._link.device, self._link, self._shares
+    def _resize_step(self, resize: Resize) -> None:
+        device, link, shares, size = self._link.device, self._link, self._shares, resize.size
 
         def finish(error: Exception | None) -> None:
             self._resize = None
-            done(error)
+            resize.done(error)
+
+        def refused(error: Exception) -> None:
+            self.spec = self.spec.with_size(resize.before)
+            link.fitted = False  # should the kernel have the new size already
+            finish(error)
 
         def resize_device(then: Callable[[], None]) -> None:
             if device is None:
@@ -322,7 +327,7 @@ class DiskControl:
         def resize_disk(then: Callable[[], None]) -> None:
             # First: should a worker die in the middle, the next one opens what is wanted.
             self.spec = self.spec.with_size(size)
-            shares.resize(size, then)
+            shares.resize(size, then, refused)
 
         # The kernel must never believe in blocks that the disk does not have.
         if size >= shares.geometry.size:
@@ -370,18 +375,6 @@ class DiskControl:
     # --- waiting and answering ---
 
     def _on_failed(self, error: Exception) -> None:
-        if (
-            self._resize is not None
-            and not self._shares.closed
-            and self.failure is None
-            and self._link.serving
-        ):
-            resize, self._resize = self._resize, None
-            if self._shares.geometry.size != resize.size:
-                self.spec = self.spec.with_size(resize.before)
-            self._link.fitted = False  # should the kernel have the new size already
-            resize.done(error)
-            return
         if self.failure is None:
             log.error("disk %s failed: %s", self.spec.name, reason(error))
             self.failure = error

@@ -69,6 +69,7 @@ class Shares:
         self._disk = disk
         self._all = shares
         self._on_failed = on_failed
+        self._on_refused = on_failed  # the leader's resize
 
     # --- what they are ---
 
@@ -166,11 +167,14 @@ class Shares:
             members=members if leads else [],
         )
 
-    def resize(self, size: int, then: Callable[[], None]) -> None:
+    def resize(
+        self, size: int, then: Callable[[], None], on_refused: Callable[[Exception], None]
+    ) -> None:
         """Change the disk's size, one after the other, so that none has blocks that are not there.
 
-        On a failure `on_failed` comes instead of `then`.
+        On a failure `on_refused` comes instead of `then`; the size is what it was before.
         """
+        self._on_refused = on_refused
         leader = self._leader()
         followers = [share for share in self._taking_part() if share is not leader]
         grows = size >= self.geometry.size
@@ -201,6 +205,8 @@ class Shares:
         share = next((s for s in self.opened if s.size != size and s.worker.healthy), None)
         if share is None:
             return
+
+        self._on_refused = self._on_failed
 
         def agreed(_worker: WorkerProcess, _message: Message) -> None:
             share.size = size
@@ -255,6 +261,8 @@ class Shares:
             share.worker.kill(f"it cannot {command} disk {self._disk}: {reason(error)}")
         elif command == "start" and self.opened:
             self._give_up(share, error)
+        elif command == "resize":
+            self._on_refused(error)
         else:
             self._on_failed(error)
 
@@ -311,6 +319,8 @@ class Shares:
         if kind in ("stop", "remove") or (kind == "resize" and self._follows(share)):
             # Whatever it still does to the disk must end before the disk can go on without it.
             worker.kill(why)
+        elif kind == "resize":
+            self._on_refused(DeviceError(errno.ETIMEDOUT, why))
         else:
             share.opened = True  # it may yet do so: have it stopped
             self._on_failed(DeviceError(errno.ETIMEDOUT, why))
