@@ -215,3 +215,25 @@ def test_resize_reaches_the_kernel(service: Start, tmp_path: Path, attach: str) 
             running.rpc("reactor_resize_disk", name=name, size=size)
             assert run("blockdev", "--getsize64", device).strip() == str(size)
         fio_verify(device, "4M", offset="20M")
+
+
+def test_a_reload_grows_a_mounted_disk_while_its_worker_restarts(
+    service: Start, tmp_path: Path
+) -> None:
+    running = service(two_disks("netlink", tmp_path / "vm1.img"))
+    config = running.config_path.read_text()
+    running.config_path.write_text(config.replace("64MiB", "96MiB"))
+    run("mkfs.ext2", "-q", "/dev/nbd0")
+    (tmp_path / "mnt").mkdir()
+    run("mount", "/dev/nbd0", str(tmp_path / "mnt"))
+    try:
+        for worker in running.workers().values():
+            worker.kill()
+        running.await_line("was ended by signal 9")
+        running.rpc("reactor_reload")
+        running.await_true(lambda: Path("/sys/block/nbd0/size").read_text() == f"{96 << 11}\n")
+        with (tmp_path / "mnt" / "file").open("wb") as file:
+            file.write(bytes(MIB))
+            os.fsync(file.fileno())
+    finally:
+        run("umount", str(tmp_path / "mnt"))
