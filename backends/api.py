@@ -51,11 +51,21 @@ class Event(Enum):
     RESIZE = "resize"
 
 
+class Holder(Protocol):
+    """Who holds lent buffers until a peer has taken their bytes."""
+
+    def give_back(self) -> None:
+        """Copy and release what a peer keeps waiting; called from inside anyone's `submit`."""
+
+
 class Releasable(Protocol):
     """A lent buffer."""
 
     def release(self) -> None:
         """Give the buffer back to its pool."""
+
+    def blocked(self, holder: Holder) -> None:
+        """Hear that `holder` waits for its peer: asked to give back once the pool is empty."""
 
 
 class Owner(Protocol):

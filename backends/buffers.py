@@ -6,7 +6,9 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from typing import Final
+from weakref import WeakSet
 
+from backends.api import Holder
 from reactor.protocol.wire import MAX_PAYLOAD
 
 POOL_BYTES_MAX: Final = 2 * MAX_PAYLOAD  # per channel, in use and free together
@@ -39,6 +41,13 @@ class AlignedBuffer:
             pool.exhausted = False
             pool.on_room()
 
+    def blocked(self, holder: Holder) -> None:
+        """Let the pool ask `holder`, whose peer does not read, to give its buffers back."""
+        if self._pool.exhausted:
+            holder.give_back()
+        else:
+            self._pool.blocked.add(holder)
+
 
 class BufferPool:
     """Buffers for one channel, at most `POOL_BYTES_MAX`, in use and free together.
@@ -51,6 +60,9 @@ class BufferPool:
         self.total_bytes = 0
         self.free_bytes = 0
         self.exhausted = False  # a buffer was refused, and none has come back since
+        # A peer that does not read would keep what it was lent from all others for ever. Weak: a
+        # holder is asked when it may have nothing left, but not kept.
+        self.blocked: WeakSet[Holder] = WeakSet()
         # By the bits of the largest index into a buffer; all that fit a page share one list.
         page: list[AlignedBuffer] = []
         larger = range(PAGE_BITS, (MAX_PAYLOAD - 1).bit_length())
@@ -65,13 +77,19 @@ class BufferPool:
             self.free_bytes -= buffer.size
             return buffer
         size = 1 << max(PAGE_BITS, bits)
-        if self.total_bytes + size > POOL_BYTES_MAX:
-            self._drop_free()
-            if self.total_bytes + size > POOL_BYTES_MAX:
-                self.exhausted = True
-                return None
+        if self.total_bytes + size > POOL_BYTES_MAX and not self._make_room(size):
+            self.exhausted = True
+            return None
         self.total_bytes += size
         return AlignedBuffer(self, size, free)
+
+    def _make_room(self, size: int) -> bool:
+        """Drop what is free, then ask for what peers that do not read hold, one by one."""
+        self._drop_free()
+        while self.total_bytes + size > POOL_BYTES_MAX and self.blocked:
+            self.blocked.pop().give_back()
+            self._drop_free()
+        return self.total_bytes + size <= POOL_BYTES_MAX
 
     def _drop_free(self) -> None:
         for free in self._free:

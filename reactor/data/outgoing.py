@@ -16,17 +16,30 @@ BUFFERS_PER_SEND: Final = 1024  # IOV_MAX; the kernel refuses more
 class Outgoing:
     """A queue of non-empty buffers. Whoever appends to `buffers` adds their bytes to `waiting`."""
 
-    __slots__ = ("_lent", "_sent", "buffers", "waiting")
+    __slots__ = ("__weakref__", "_blocked", "_lent", "_sent", "buffers", "waiting")
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
         self.waiting = 0  # bytes in `buffers`
         self._sent = 0  # bytes since the beginning; with `waiting` a place in the stream
         self._lent: deque[tuple[int, Releasable]] = deque()
+        self._blocked = False  # the socket took less than the last send offered
 
     def lend(self, lent: Releasable) -> None:
         """Release `lent` once everything appended so far has left."""
         self._lent.append((self._sent + self.waiting, lent))
+        if self._blocked:
+            lent.blocked(self)
+
+    def give_back(self) -> None:
+        """Copy what waits for a blocked socket and release what was lent for it."""
+        if not (self._blocked and self._lent):
+            return
+        # In place: this may be called while a batch is being appended. What is no view is ours.
+        buffers = self.buffers
+        buffers[:] = [bytes(part) if isinstance(part, memoryview) else part for part in buffers]
+        while self._lent:
+            self._lent.popleft()[1].release()
 
     def send(self, sock: socket.socket) -> bool:
         """Send once, as much as one call takes; False when the socket took less. Raises OSError."""
@@ -36,9 +49,11 @@ class Outgoing:
                 buffers if len(buffers) <= BUFFERS_PER_SEND else buffers[:BUFFERS_PER_SEND]
             )
         except BlockingIOError:
+            self._note_blocked()
             return False
         self._sent += sent
         self.waiting -= sent
+        self._blocked = False
         accepted = True
         if self.waiting:
             accepted = self._drop(sent)
@@ -46,6 +61,8 @@ class Outgoing:
             buffers.clear()
         while self._lent and self._lent[0][0] <= self._sent:
             self._lent.popleft()[1].release()
+        if not accepted:
+            self._note_blocked()
         return accepted
 
     def clear(self) -> None:
@@ -54,6 +71,11 @@ class Outgoing:
         self.waiting = 0
         while self._lent:
             self._lent.popleft()[1].release()
+
+    def _note_blocked(self) -> None:
+        self._blocked = True
+        if self._lent:
+            self._lent[0][1].blocked(self)
 
     def _drop(self, sent: int) -> bool:
         """Drop `sent` bytes from the front; returns whether that is all that one call takes."""

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import Self
 
-from backends.api import DONE, Buffer, Channel, Disk, Owner, Releasable, Request
+from backends.api import DONE, Buffer, Channel, Disk, Holder, Owner, Releasable, Request
 from backends.null import NullDisk
 from reactor.data.connection import Connection
 from reactor.loop import Reactor
@@ -81,6 +81,9 @@ class Lent:
 
     def release(self) -> None:
         self.released += 1
+
+    def blocked(self, holder: Holder) -> None:
+        self.holder = holder
 
 
 def null_disk(size: int = 1 << 20) -> Disk:

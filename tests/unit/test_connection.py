@@ -273,6 +273,26 @@ def test_a_lent_buffer_is_released_when_its_data_has_left_and_not_before() -> No
         assert lent.released == 1
 
 
+def test_a_lent_buffer_is_given_back_amid_its_data_when_the_peer_does_not_read() -> None:
+    held, first, second = HeldChannel(null_disk()), Lent(), Lent()
+    with Pump(held, send_buffer=4096) as pump:
+        pump.ask(request(READ, 0, 1 << 18) + request(READ, 1 << 19, 1 << 18, cookie=2))
+        data = [bytearray(pattern(offset, 1 << 18)) for offset in (0, 1 << 19)]
+        held.finish(data=memoryview(data[0]), lent=first)
+        pump.turns()
+        received = pump.receive(1 << 17)
+        held.finish(data=memoryview(data[1]), lent=second)
+        assert second.holder is first.holder
+        first.holder.give_back()
+        assert (first.released, second.released) == (1, 1)
+        for buffer in data:
+            buffer[:] = bytes(1 << 18)  # somebody else's now
+        received += pump.receive(2 * (16 + (1 << 18)) - len(received))
+        assert received == reply(1, 0, pattern(0, 1 << 18)) + reply(2, 0, pattern(1 << 19, 1 << 18))
+        first.holder.give_back()
+        assert (first.released, second.released) == (1, 1)
+
+
 @pytest.mark.parametrize("when", ["before completion", "after completion", "on failure"])
 def test_a_lent_buffer_is_released_once_though_the_peer_is_gone(when: str) -> None:
     held, lent = HeldChannel(null_disk()), Lent()
