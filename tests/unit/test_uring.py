@@ -386,3 +386,33 @@ def test_a_lent_view_outlives_its_pool() -> None:
     view = buffer.view[:4]
     del pool, buffer
     assert bytes(view) == b"data"
+
+
+class Holding:
+    """A holder that gives back when it is asked."""
+
+    def __init__(self, buffer: AlignedBuffer | None) -> None:
+        assert buffer is not None
+        self.buffer = buffer
+        self.asked = 0
+
+    def give_back(self) -> None:
+        self.asked += 1
+        self.buffer.release()
+
+
+def test_blocked_holders_are_asked_only_when_the_pool_is_empty_and_then_at_once() -> None:
+    told: list[bool] = []
+    pool = BufferPool(lambda: told.append(True))
+    first, second = Holding(pool.take(32 * MIB)), Holding(pool.take(32 * MIB))
+    first.buffer.blocked(first)
+    assert first.asked == 0
+    third = pool.take(32 * MIB)
+    assert third is not None
+    assert first.asked == 1
+    assert pool.take(1) is None  # nobody else is known to be blocked
+    assert not told
+    second.buffer.blocked(second)
+    assert (first.asked, second.asked) == (1, 1)
+    assert told == [True]
+    third.release()
