@@ -21,7 +21,9 @@ _DISK = {"id": int, "disk": str}
 
 #: What the controller says.
 COMMANDS: Final[dict[str, dict[str, type]]] = {
-    "welcome": {},  # the hello was taken
+    # Say hello, with all that you have, to the controller of this pid.
+    "inquire": {"id": int, "controller": int},
+    "welcome": {"controller": int},  # the hello was taken, by the controller of this pid
     # Open the disk and serve its listeners; `shared`: other workers open it too, and clients are
     # spread over those of the cores `members`.
     "start": {"id": int, "spec": dict, "shared": bool, "members": list},
@@ -34,7 +36,9 @@ COMMANDS: Final[dict[str, dict[str, type]]] = {
 
 #: What a worker says.
 EVENTS: Final[dict[str, dict[str, type]]] = {
-    "hello": {"core": int, "pid": int, "version": str, "disks": list},  # names of disks it holds
+    # The answer to `inquire`, and, with id 0, what a new worker says until it is welcome. `disks`
+    # has a REPORT of each; it is not sent while one of them is being stopped or released.
+    "hello": {"id": int, "core": int, "pid": int, "disks": list},
     # Answers: the disk serves; size and block_size in bytes, flags as in the NBD handshake.
     "started": {**_DISK, "size": int, "block_size": int, "flags": int},
     "stopped": {**_DISK},
@@ -45,13 +49,28 @@ EVENTS: Final[dict[str, dict[str, type]]] = {
     "removed": {**_DISK, "reason": str},
     # A kernel connection ended; generation is the controller's number of the attachment.
     "disconnected": {"disk": str, "generation": int, "reason": str},
-    # Once a second, also the heartbeat. `reactor` and each of `disks` are maps of counters.
-    "statistics": {"reactor": dict, "disks": dict},
+    # Once a second, also the heartbeat. `reactor` and each of `disks` are maps of counters; `events`
+    # counts the other events since the last hello: whoever heard of fewer inquires.
+    "statistics": {"reactor": dict, "disks": dict, "events": int},
+}
+
+#: What a worker says of a disk that it has open.
+REPORT: Final[dict[str, type]] = {
+    "spec": dict,
+    "leads": bool,  # it serves the listeners,
+    "members": list,  # and gives clients to the workers of these cores
+    "size": int,
+    "block_size": int,
+    "flags": int,
+    "refusing": bool,  # the backend went away, or was told to
+    "reason": str,
+    "connections": list,  # (generation, position) of the kernel's that it serves
 }
 
 #: What comes with descriptors over a worker's datagram socket.
 HANDOVERS: Final[dict[str, dict[str, type]]] = {
-    "connection": {"disk": str, "generation": int},  # one socket whose other end the kernel has
+    # One socket whose other end the kernel has, as number `position` of the device's sockets.
+    "connection": {"disk": str, "generation": int, "position": int},
     "listener": {"name": str},  # a listening socket that systemd made
     # From another worker: a client behind its handshake with what it sent since, and a socket that
     # gets one byte to take the client and is closed with the client's.
