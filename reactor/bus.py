@@ -133,6 +133,7 @@ class WorkerBus(_Socket):
         self, reactor: Reactor, path: Path, identity: bytes, on_command: Callable[[Message], None]
     ) -> None:
         super().__init__(reactor, zmq.DEALER, "bus")
+        self.events = 0  # sent or lost since the hello, but for heartbeats
         self._on_command = on_command
         self._socket.setsockopt(zmq.IDENTITY, identity)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
@@ -143,6 +144,7 @@ class WorkerBus(_Socket):
     def send(self, kind: str, **fields: Any) -> bool:
         """Queue an event; False when no controller listens."""
         assert kind in EVENTS
+        self.events += kind != "statistics"
         try:
             self._send([encode(kind, **fields)])
         except zmq.Again:

@@ -250,7 +250,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         demo=arguments.demo,
     )
     log.set_up("controller", options.log_format, options.log_level)
-    from reactor.control.controller import run  # noqa: PLC0415
+    from reactor.control.run import run  # noqa: PLC0415
 
     return run(options)
 

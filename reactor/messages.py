@@ -6,10 +6,12 @@ that answers no command has id 0. Repeating a command is harmless.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 import msgpack
 
+from reactor import __version__
 from reactor.errors import BusError
 
 VERSION: Final = 1
@@ -24,9 +26,9 @@ COMMANDS: Final[dict[str, dict[str, type]]] = {
     # Say hello, with all that you have, to the controller of this pid.
     "inquire": {"id": int, "controller": int},
     "welcome": {"controller": int},  # the hello was taken, by the controller of this pid
-    # Open the disk and serve its listeners; `shared`: other workers open it too, and clients are
-    # spread over those of the cores `members`.
-    "start": {"id": int, "spec": dict, "shared": bool, "members": list},
+    # Open the disk. `shared`: other workers open it too. `leads`: serve its listeners, and spread
+    # the clients over the workers of the cores `members`.
+    "start": {"id": int, "spec": dict, "shared": bool, "leads": bool, "members": list},
     "stop": {**_DISK, "seconds": float},  # drain for at most so long, then release everything
     "release": {**_DISK, "seconds": float},  # drain, then close the kernel's connections
     "remove": {**_DISK},  # hot remove: from now on refuse its I/O
@@ -49,16 +51,16 @@ EVENTS: Final[dict[str, dict[str, type]]] = {
     "removed": {**_DISK, "reason": str},
     # A kernel connection ended; generation is the controller's number of the attachment.
     "disconnected": {"disk": str, "generation": int, "reason": str},
-    # Once a second, also the heartbeat. `reactor` and each of `disks` are maps of counters; `events`
-    # counts the other events since the last hello: whoever heard of fewer inquires.
+    # Once a second, also the heartbeat. `reactor` and each of `disks` are maps of counters. How many
+    # other `events` came since the hello: who heard of fewer inquires.
     "statistics": {"reactor": dict, "disks": dict, "events": int},
 }
 
 #: What a worker says of a disk that it has open.
 REPORT: Final[dict[str, type]] = {
     "spec": dict,
-    "leads": bool,  # it serves the listeners,
-    "members": list,  # and gives clients to the workers of these cores
+    "leads": bool,
+    "members": list,  # as it was told by `start`
     "size": int,
     "block_size": int,
     "flags": int,
@@ -76,6 +78,11 @@ HANDOVERS: Final[dict[str, dict[str, type]]] = {
     # gets one byte to take the client and is closed with the client's.
     "client": {"disk": str, "trailing": bytes},
 }
+
+
+def start_line(arguments: Sequence[str]) -> str:
+    """Return what a worker's program and options are; a controller adopts only its own like."""
+    return " ".join([__version__, *map(repr, arguments)])
 
 
 def encode(kind: str, **fields: Any) -> bytes:

@@ -44,10 +44,16 @@ def attach(
             end.close()
 
 
-def adopt(tag: str) -> Device | None:
-    """Return the netlink device that the kernel holds under exactly this tag."""
+def adopt(tag: str, *, patient: bool = False) -> Device | None:
+    """Return the netlink device that the kernel holds under exactly this tag.
+
+    `patient`: it has one connection and no timeout; who attached it may have died before the kernel
+    was told what that means.
+    """
     for index in sysfs.indexes():
         if sysfs.pid(index) is not None and sysfs.backend(index) == tag:
+            if patient:
+                netlink.set_io_timeout(index)
             return netlink.NetlinkDevice(index, tag)
     return None
 

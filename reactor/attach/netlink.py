@@ -62,7 +62,7 @@ def connect(index: int | None, attachment: Attachment) -> NetlinkDevice:
         family.close()
         raise
     if not attachment.timeout and len(attachment.kernel_ends) == 1:
-        _set_io_timeout(taken)
+        set_io_timeout(taken)
     return NetlinkDevice(taken, attachment.tag, family)
 
 
@@ -90,7 +90,8 @@ def _connect(family: Family, index: int | None, attachment: Attachment) -> int:
         raise _refusal(f"{name} cannot be attached", error) from error
 
 
-def _set_io_timeout(index: int) -> None:
+def set_io_timeout(index: int) -> None:
+    """Have I/O that was in flight when a worker died sent again soon."""
     try:
         sysfs.set_io_timeout(index, IO_TIMEOUT_MS)
     except OSError as error:

@@ -1,37 +1,26 @@
-"""The controller process: brings the disks up on the workers and keeps them so."""
+"""The controller's logic: the desired disks, and the workers that should serve them."""
 
 from __future__ import annotations
 
 import errno
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any, Final
-
-from setproctitle import setproctitle
+from collections.abc import Callable, Mapping, Sequence
+from socket import socket
+from typing import Final
 
 from backends import registry
-from reactor import config, pressure
-from reactor.attach.device import adopt
-from reactor.bus import ControllerBus
 from reactor.control import leftovers
-from reactor.control.demo import demo_disks
 from reactor.control.disk import DiskControl, Host
-from reactor.control.exporter import Exporter
-from reactor.control.launcher import Launcher
-from reactor.control.methods import methods
-from reactor.control.notify import handed_sockets, notify
+from reactor.control.notify import notify
 from reactor.control.plan import Machine, Placement, place, place_all
-from reactor.control.rpc import RpcServer
-from reactor.control.runtime import RuntimeDir
+from reactor.control.platform import Platform
+from reactor.control.saved import SavedState, Wish, reconfigured, wishes_at_start
 from reactor.control.service import DiskStatus, Done, WorkerStatus
-from reactor.control.workers import WorkerProcess
+from reactor.control.workers import WorkerProcess, counters
+from reactor.control.workforce import Workforce
 from reactor.errors import ReactorError, UsageError, reason
 from reactor.log import logger
-from reactor.loop import Reactor
 from reactor.messages import Message
 from reactor.options import Options
 from reactor.spec import DiskSpec
@@ -41,108 +30,75 @@ SETTLED_TICKS: Final = 10
 STOP_SECONDS: Final = 120.0  # an orderly stop; after that it is forced
 FORCE_SECONDS: Final = 15.0
 DISKS_MAX: Final = 4096
-SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 log = logger(__name__)
-
-
-def run(options: Options) -> int:
-    """Run the service until it is asked to stop; returns the exit status."""
-    setproctitle("nbd-reactor: controller")
-    # Blocked until the loop can take them, and again when it is gone: an orderly stop is the only
-    # way that they end this process.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    specs = _read_config(options)
-    # While a worker is dead, I/O on its devices waits for this process to start another.
-    pressure.prepare()
-    if options.lock_memory:
-        pressure.lock_memory()
-    runtime = RuntimeDir(options.runtime_dir)
-    try:
-        runtime.end_leftover_workers()
-        controller = Controller(options, runtime)
-        try:
-            controller.begin(specs)
-            controller.reactor.run()
-        finally:
-            controller.close()
-    finally:
-        runtime.close()
-    return controller.exit_status
-
-
-def _read_config(options: Options) -> tuple[DiskSpec, ...]:
-    if options.demo:
-        return demo_disks(options.runtime_dir)
-    if options.config is None:
-        return ()
-    return config.load(options.config, registry.schemas(), options.cores)
 
 
 class Controller:
     """The desired disks, the workers, and the loop that brings them together."""
 
-    def __init__(self, options: Options, runtime: RuntimeDir) -> None:
+    def __init__(
+        self,
+        options: Options,
+        platform: Platform,
+        read_config: Callable[[], Sequence[DiskSpec]],
+        handed: Mapping[str, Sequence[socket]],  # systemd's listening sockets
+    ) -> None:
         self.started_at = time.time()
         self.exit_status = 0
-        self.reactor = Reactor("interrupt")
+        self.reactor = platform.reactor
         self._options = options
-        self._machine = Machine(options.cores, os.cpu_count() or 1, registry.can_share)
-        self._runtime = runtime
+        self._platform = platform
+        self._read_config = read_config
+        self._machine = Machine(options.cores, platform.cpus, registry.can_share)
+        self._handed = handed
         self._disks: dict[str, DiskControl] = {}
         self._configured: dict[str, DiskSpec] = {}  # as the config gave them
         self._successors: dict[str, DiskSpec] = {}  # made when the disk of that name is gone
+        self._saved: SavedState | None = None
+        self._unsaved = False  # it could not be saved, and that was said
         self._ticks = 0
         self._ready = self._stopping = self._forced = False
-        self._handed = handed_sockets()
         self._host = Host(
-            self.reactor, runtime.instance, self._on_settled, self._may_attach, self._is_succeeded
+            platform, self._save, self._on_settled, self._may_attach, self._is_succeeded
         )
-        self._bus = ControllerBus(self.reactor, runtime.path / "bus.sock", self._on_event)
-        self._launcher = Launcher(options, runtime.instance)
-        self._workers = {
-            core: WorkerProcess(
-                self.reactor, self._bus, self._launcher, runtime.path, core, self._on_worker
-            )
-            for core in options.cores
-        }
-        with ExitStack() as opened:
-            opened.callback(self.reactor.close)
-            opened.callback(self._bus.close)
-            opened.callback(RpcServer(self.reactor, options.rpc_socket, methods(self)).close)
-            if options.metrics is not None:
-                opened.callback(Exporter(self.reactor, options.metrics, self).close)
-            self._opened = opened.pop_all()
+        self._bus = platform.connect(self._on_event)
+        self._workforce = Workforce(
+            platform, self._bus, options.cores, self._on_worker, self._on_hello
+        )
+        self._workers = self._workforce.by_core
 
-    def begin(self, specs: tuple[DiskSpec, ...]) -> None:
-        """Start the workers and bring up `specs`."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.reactor.add_signal(number, self.shut_down)
-        self.reactor.add_signal(signal.SIGHUP, lambda: self.reload(_log_reload))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    def begin(self, saved: SavedState | None, specs: Sequence[DiskSpec]) -> None:
+        """Go on with what is `saved`, become what `specs` say, and start the workers.
+
+        Raises UsageError, and has changed nothing, when `specs` cannot be placed.
+        """
+        saved = saved or SavedState()
+        before, now = saved.configured, {spec.name: spec for spec in specs}
         try:
-            places = place_all(specs, self._machine)
+            wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
         except OSError as error:
             raise UsageError(reason(error)) from error
-        for spec in specs:
-            self._add(spec, places[spec.name])
-            self._configured[spec.name] = spec
-        leftovers.detach_unclaimed(self.reactor, self._host.tag(""), self._is_on_device)
-        leftovers.report(self._runtime.instance, self._disks)
-        for worker in self._workers.values():
-            worker.spawn()
+        self._configured = now
+        self._successors = dict(saved.successors)
+        for wish in wishes:
+            self._add(wish)
+        self._save()
+        leftovers.detach_unclaimed(self._platform, self._host.tag(""), self._is_on_device)
+        self._workforce.begin()
+        for name in before.keys() & self._disks.keys():
+            disk, spec = self._disks[name], now.get(name)
+            if spec is None:
+                disk.want("gone")
+            elif spec != before[name] and disk.spec != reconfigured(disk.spec, before[name], spec):
+                self._change(disk, spec)
         self._tick()
 
     def close(self) -> None:
-        """Release everything; the workers are gone or are killed here."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        for worker in self._workers.values():
-            worker.kill("the controller ends")
-        self._launcher.close()
-        for socks in self._handed.values():
-            for sock in socks:
-                sock.close()
-        self._opened.close()
+        """Release everything. Workers that are left were to be killed, or else serve on."""
+        if self._stopping:
+            self._workforce.kill("the controller ends")
+        self._bus.close()
 
     # --- Service: what front ends ask ---
 
@@ -168,7 +124,8 @@ class Controller:
         """Make a new disk and bring it up."""
         try:
             self._check_new(spec)
-            disk = self._add(spec, place(spec, self._placed(), self._machine))
+            disk = self._add(Wish(spec, place(spec, self._placed(), self._machine)))
+            self._save()
         except OSError as error:
             done(error)
             return
@@ -236,9 +193,9 @@ class Controller:
             done(OSError(errno.ESHUTDOWN, "the service is stopping"))
             return
         try:
-            specs = _read_config(self._options)
+            specs = self._read_config()
             wanted = {spec.name: spec for spec in specs}
-            places = place_all(specs, self._machine)
+            places = place_all(specs, self._placed(), self._machine)
         except (ReactorError, OSError) as error:
             done(error)
             return
@@ -249,7 +206,9 @@ class Controller:
         for name, spec in wanted.items():
             disk = self._disks.get(name)
             if disk is None:
-                self._add(spec, places[name]).step()
+                disk = self._add(Wish(spec, places[name]))
+                self._save()
+                disk.step()
             elif spec != before.get(name) or disk.desired == "gone":
                 self._change(disk, spec)
             elif disk.state == "failed":  # one whose storage was removed waits for `start`
@@ -284,24 +243,34 @@ class Controller:
     # --- what happens ---
 
     def _on_event(self, identity: bytes, message: Message) -> None:
-        worker = next((w for w in self._workers.values() if w.owns(identity)), None)
+        worker = self._workforce.speaker(identity)
         if worker is None:
             log.debug("message %s of an ended worker %r", message["type"], identity[:64])
+        elif not worker.heard(message):
             return
-        kind = message["type"]
-        if kind == "statistics":
-            worker.heard(kind, _counters(message["reactor"]))
-            for name, counters in message["disks"].items():
+        elif message["type"] == "statistics":
+            for name, given in message["disks"].items():
                 disk = self._disks.get(name)
                 share = disk.share(worker) if disk is not None else None
-                if share is not None and isinstance(counters, dict):
-                    share.statistics = _counters(counters)
-            return
-        worker.heard(kind)
-        disk = self._disks.get(message.get("disk", ""))
-        share = disk.share(worker) if disk is not None else None
-        if disk is not None and share is not None:
-            disk.heard(share, message)
+                if share is not None and isinstance(given, dict):
+                    share.statistics = counters(given)
+        else:
+            disk = self._disks.get(message["disk"])
+            share = disk.share(worker) if disk is not None else None
+            if disk is not None and share is not None:
+                disk.heard(share, message)
+
+    def _on_hello(self, worker: WorkerProcess, message: Message) -> None:
+        """Take over what the worker has."""
+        reports = {report["spec"]["name"]: report for report in message["disks"]}
+        for disk in list(self._disks.values()):
+            share = disk.share(worker)
+            if share is not None:
+                report = reports.pop(disk.spec.name, None)
+                if not disk.found(share, report, message["id"]):
+                    worker.kill(f"it serves disk {disk.spec.name} with another config")
+        if reports:
+            worker.kill(f"it serves what it should not: {', '.join(reports)}")
 
     def _on_worker(self, worker: WorkerProcess) -> None:
         if worker.state == "running":
@@ -325,22 +294,20 @@ class Controller:
                 self.reactor.call_from_thread(other.step)
         if self._stopping:
             self._end_if_stopped()
-        elif not self._ready:
-            up = all(worker.state in ("running", "failed") for worker in self._workers.values())
-            if up and all(disk.settled for disk in self._disks.values()):
-                self._report_ready()
+        elif self._workforce.up and all(disk.settled for disk in self._disks.values()):
+            self._report_ready()
 
     def _succeed(self, disk: DiskControl) -> None:
         spec = self._successors.pop(disk.spec.name, None)
-        if spec is None:
-            return
         try:
-            placement = place(spec, self._placed(), self._machine)
+            if spec is not None:
+                self._add(Wish(spec, place(spec, self._placed(), self._machine)))
         except OSError as error:
             log.error("%s", reason(error))
             disk.discard()
-        else:
-            self._add(spec, placement).step()
+        self._save()
+        if spec is not None and spec.name in self._disks:
+            self._disks[spec.name].step()
 
     def _may_attach(self, disk: DiskControl) -> bool:
         """Whether no other disk's device must come or go first."""
@@ -352,6 +319,8 @@ class Controller:
         )
 
     def _report_ready(self) -> None:
+        if self._ready:
+            return
         self._ready = True
         failed = [disk.spec.name for disk in self._disks.values() if disk.state != "online"]
         if failed and self._options.strict:
@@ -376,31 +345,21 @@ class Controller:
 
     def _tick(self) -> None:
         self.reactor.call_later(TICK_SECONDS, self._tick)
-        for worker in self._workers.values():
-            worker.look_after()
-        self._keep_spare()
+        self._workforce.look_after(keep_spare=not self._stopping)
+        self._save()
         self._ticks += 1
         for number, disk in enumerate(list(self._disks.values()), self._ticks):
             # Events tell what happens to a settled disk; it is looked at now and then all the same.
             if not disk.settled or number % SETTLED_TICKS == 0:
                 disk.step()
 
-    def _keep_spare(self) -> None:
-        if self._stopping or any(w.state != "running" for w in self._workers.values()):
-            return
-        try:
-            self._launcher.keep_spare()
-        except OSError as error:
-            log.warning("no spare worker can be started: %s", reason(error))
-
     # --- stopping ---
 
     def _end_if_stopped(self) -> None:
         if not self._stopping or self._disks or self._forced:
             return
-        for worker in self._workers.values():
-            worker.shut_down()
-        if all(worker.pid is None for worker in self._workers.values()):
+        self._workforce.shut_down()
+        if self._workforce.gone:
             self.reactor.stop()
 
     def _force(self) -> None:
@@ -411,14 +370,13 @@ class Controller:
         self._forced = True
         for disk in self._disks.values():
             disk.forced = True
-        for worker in self._workers.values():
-            worker.shut_down()
-            worker.kill("stopping by force")
+        self._workforce.shut_down()
+        self._workforce.kill("stopping by force")
         self.reactor.call_later(FORCE_SECONDS, self.reactor.stop)
         self._await_forced()
 
     def _await_forced(self) -> None:
-        if self._disks or any(worker.pid is not None for worker in self._workers.values()):
+        if self._disks or not self._workforce.gone:
             self.reactor.call_later(0.02, self._await_forced)
         else:
             self.reactor.stop()
@@ -428,13 +386,33 @@ class Controller:
     def _placed(self) -> list[tuple[DiskSpec, Placement]]:
         return [(disk.spec, disk.placement) for disk in self._disks.values()]
 
-    def _add(self, spec: DiskSpec, placement: Placement) -> DiskControl:
-        disk = DiskControl(self._host, spec, placement, self._workers)
+    def _add(self, wish: Wish) -> DiskControl:
+        spec = wish.spec
+        disk = DiskControl(self._host, wish, self._workers)
         self._disks[spec.name] = disk
-        left = adopt(self._host.tag(spec.name)) if spec.device is not None else None
-        if left is not None:
-            disk.adopt(left)
+        if spec.device is not None:
+            # With one connection and no timeout a request may take any time.
+            patient = spec.connections == 1 and not spec.timeout
+            left = self._platform.adopt(self._host.tag(spec.name), patient=patient)
+            if left is not None:
+                disk.adopt(left)
         return disk
+
+    def _save(self) -> None:
+        """Keep what should be, for the next controller; called before anything is done for it."""
+        if self._stopping:
+            return  # those that are stopped now are to come back, should this process die
+        wishes = tuple(disk.wish for disk in self._disks.values())
+        state = SavedState(wishes, dict(self._successors), self._configured)
+        if state == self._saved:
+            return
+        try:
+            self._platform.save(state.encode(self._platform.instance))
+            self._saved = state
+        except OSError as error:
+            if not self._unsaved:
+                log.error("a controller that starts now would not know all: %s", reason(error))
+        self._unsaved = state != self._saved
 
     def _is_on_device(self, name: str) -> bool:
         disk = self._disks.get(name)
@@ -467,27 +445,12 @@ class Controller:
     def _hand_listeners(self, worker: WorkerProcess) -> None:
         for name, socks in self._handed.items():
             try:
-                worker.hand_over("listener", [sock.fileno() for sock in socks], name=name)
+                worker.hand_over("listener", socks, name=name)
             except OSError as error:
                 log.error("socket %s of systemd is not handed over: %s", name, reason(error))
-
-
-def _counters(given: dict[Any, Any]) -> dict[str, int]:
-    return {
-        name: count
-        for name, count in given.items()
-        if isinstance(name, str) and isinstance(count, int)
-    }
 
 
 def _tell(line: str) -> None:
     """Tell the operator on standard error, whatever the log level is."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
-
-
-def _log_reload(error: Exception | None) -> None:
-    if error is None:
-        log.info("config reloaded")
-    else:
-        log.error("config not reloaded, nothing is changed: %s", error)

@@ -11,25 +11,22 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final
 
-from backends import registry
 from reactor.attach.device import Device
 from reactor.control.errand import Errand
 from reactor.control.link import DeviceLink
-from reactor.control.plan import Placement
+from reactor.control.platform import Platform
+from reactor.control.saved import Desired, Wish
 from reactor.control.service import DiskState, DiskStatus, Done
 from reactor.control.shares import Share, Shares
 from reactor.control.workers import WorkerProcess
 from reactor.errors import ReactorError, reason
 from reactor.log import logger
-from reactor.loop import Reactor
 from reactor.messages import Message
 from reactor.spec import DiskSpec
 
 RESIZE_RETRY_SECONDS: Final = 0.2
-
-Desired: TypeAlias = Literal["online", "stopped", "gone"]
 
 log = logger(__name__)
 
@@ -38,15 +35,15 @@ log = logger(__name__)
 class Host:
     """What all disks of a service share."""
 
-    reactor: Reactor
-    instance: str
+    platform: Platform
+    save: Callable[[], None]  # keep what the disks should be, before anything is done for it
     on_settled: Callable[[DiskControl], None]  # a disk is what it should be, or failed
     may_attach: Callable[[DiskControl], bool]  # no other disk goes first
     is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage
 
     def tag(self, disk: str) -> str:
         """Return the backend identifier under which the kernel holds the disk's device."""
-        return f"nbd-reactor:{self.instance}:{disk}"
+        return f"nbd-reactor:{self.platform.instance}:{disk}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +61,27 @@ class DiskControl:
     def __init__(
         self,
         host: Host,
-        spec: DiskSpec,
-        placement: Placement,
+        wish: Wish,
         workers: Mapping[int, WorkerProcess],  # by core
     ) -> None:
-        self.spec = spec
-        self.placement = placement
-        self.desired: Desired = "online"
+        self.spec = spec = wish.spec
+        self.placement = placement = wish.placement
+        self.desired: Desired = wish.desired
         self.keep_device = False  # stop the disk, but let the kernel hold its device
         self.forced = False  # stop without writing back
         self.failure: Exception | None = None
         self.settled = False
         self._host = host
-        self._hot = False  # removed, not stopped: what is written back would fail anyway
+        self._hot = wish.hot
+        self._saved = wish  # when it was last kept
+        if wish.hot and wish.desired == "online":
+            self.failure = ReactorError("its storage was removed")
         self._again_online = False  # wanted online while it was still being removed
-        self._errand = Errand(host.reactor, self.step)
+        self._errand = Errand(host.platform, self.step)
         shares = {core: Share(workers[core]) for core in placement.cores}
         homes = [shares[core] for core in placement.connections]
         self._shares = Shares(self._errand, spec.name, list(shares.values()), self._on_failed)
-        self._link = DeviceLink(host.reactor, self._errand, homes, self._on_link_failed)
+        self._link = DeviceLink(host.platform, self._errand, homes, self._on_link_failed)
         self._configured = spec
         self._waiting: list[Done] = []
         self._attaching: Callable[[str | Exception], None] | None = None
@@ -145,7 +144,7 @@ class DiskControl:
     def _report_resize(self, error: Exception | None) -> None:
         if isinstance(error, OSError) and error.errno == errno.EBUSY and self._rising():
             # It is not online yet, or another resize is under way; the newest config counts.
-            self._host.reactor.call_later(RESIZE_RETRY_SECONDS, self._change_again)
+            self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, self._change_again)
         elif error is not None:
             log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
 
@@ -167,6 +166,11 @@ class DiskControl:
         self._again(None)
 
     # --- what it is ---
+
+    @property
+    def wish(self) -> Wish:
+        """What it should be."""
+        return Wish(self.spec, self.placement, self.desired, self._hot)
 
     @property
     def path(self) -> str | None:
@@ -250,12 +254,41 @@ class DiskControl:
         self.step()
 
     def adopt(self, device: Device) -> None:
-        """Take over a device that the kernel still holds for this disk."""
+        """Take over a device that the kernel still holds for the disk."""
         log.info("disk %s: the kernel still holds %s", self.spec.name, device.path)
         self._link.adopt(device, self.spec)
 
+    def found(self, share: Share, report: Mapping[str, Any] | None, asked_ns: int) -> bool:
+        """Note what a worker had of the disk when it was asked; False: what it must not have."""
+        self._errand.worker_lost(share.worker)
+        share.close()
+        if report is None:
+            self._link.found(share, (), asked_ns)
+            return True
+        if not _is_served_as(DiskSpec.from_message(report["spec"]), self.spec):
+            return False
+        self._shares.found(share, report)
+        self._link.found(share, report["connections"], asked_ns)
+        if share.refusing:
+            self._on_removed(share, report["reason"])
+        elif report["leads"] and self._resize is None:
+            self._find_size(report["size"])
+        self.settled = False
+        return True
+
+    def _find_size(self, size: int) -> None:
+        """Go on with a resize that a dead controller began; what it did not cut is not cut."""
+        wanted = self.spec.options.get("size", size)
+        if wanted > size:
+            self._resize = Resize(wanted, self._report_resize, size)
+        else:
+            self.spec = self.spec.with_size(size)
+
     def step(self) -> None:
         """Do the next thing, if nothing is awaited."""
+        self._save()
+        if self._shares.unknown:
+            return
         if self._errand.busy():
             if self._rising():
                 self._shares.kill_obstructing()
@@ -268,6 +301,11 @@ class DiskControl:
             self._fall()
         if self._errand.busy():
             self.settled = False
+
+    def _save(self) -> None:
+        if self._saved != self.wish:
+            self._saved = self.wish
+            self._host.save()
 
     # --- rising ---
 
@@ -327,6 +365,7 @@ class DiskControl:
         def resize_disk(then: Callable[[], None]) -> None:
             # First: should a worker die in the middle, the next one opens what is wanted.
             self.spec = self.spec.with_size(size)
+            self._save()
             shares.resize(size, then, refused)
 
         # The kernel must never believe in blocks that the disk does not have.
@@ -368,7 +407,7 @@ class DiskControl:
     def discard(self) -> None:
         """Remove what the disk keeps outside its worker."""
         try:
-            registry.backend(self.spec.backend).discard(self.spec.name, self._host.instance)
+            self._host.platform.discard(self.spec.backend, self.spec.name)
         except (OSError, ReactorError) as error:
             log.error("disk %s: what it kept is not removed: %s", self.spec.name, reason(error))
 
@@ -419,3 +458,9 @@ class DiskControl:
         if done is not None:
             self._waiting.append(done)
         self.step()
+
+
+def _is_served_as(served: DiskSpec, spec: DiskSpec) -> bool:
+    """Whether a worker that serves the one has what the other asks for, but for its size."""
+    wanted = replace(spec, device=None, listen=served.listen).with_size(0)
+    return served.with_size(0) == wanted and served.listen in ((), spec.listen)

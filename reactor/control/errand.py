@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
-from reactor.control.blocking import BlockingCall
+from reactor.control.platform import Call, Platform
 from reactor.control.workers import WorkerProcess
-from reactor.loop import Reactor, Timer
+from reactor.loop import Timer
 from reactor.messages import Message
+
+REPEAT_SECONDS: Final = 2.0  # until a command is said again: it, or its answer, may have got lost
 
 
 class Errand:
     """At most one thing at a time; `on_end` comes after each, when the next may be begun."""
 
-    def __init__(self, reactor: Reactor, on_end: Callable[[], None]) -> None:
-        self._reactor = reactor
+    def __init__(self, platform: Platform, on_end: Callable[[], None]) -> None:
+        self._platform = platform
+        self._reactor = platform.reactor
         self._on_end = on_end
-        self._awaited: set[WorkerProcess] = set()  # whose answer to the command is awaited
+        self._awaited: dict[WorkerProcess, None] = {}  # whose answer to the command is awaited
         self._command = 0  # its id
         self._kind = ""
         self._expected = ""
         self._take: Callable[[WorkerProcess, Message], None] | None = None
         self._deadline: Timer | None = None
-        self._call: BlockingCall[Any] | None = None
+        self._repeat: Timer | None = None
+        self._call: Call | None = None
         self._call_needs_worker = False
         self._pause: Timer | None = None
 
@@ -56,7 +61,8 @@ class Errand:
         """
         assert not self.busy()
         self._command += 1
-        self._awaited = {w for w in workers if w.send(kind, id=self._command, **fields)}
+        fields["id"] = self._command
+        self._awaited = {worker: None for worker in workers if worker.send(kind, **fields)}
         if not self._awaited:
             return
         self._kind = kind
@@ -64,12 +70,21 @@ class Errand:
         self._take = take
 
         def expire() -> None:
-            silent, self._awaited = self._awaited, set()
-            for worker in silent:
+            for worker in list(self._awaited):
+                self.excuse(worker)
                 late(worker, f"worker core {worker.core} did not answer {kind}")
             self._on_end()
 
         self._deadline = self._reactor.call_later(within, expire)
+        self._repeat_later(fields)
+
+    def _repeat_later(self, fields: dict[str, Any]) -> None:
+        self._repeat = self._reactor.call_later(REPEAT_SECONDS, partial(self._say_again, fields))
+
+    def _say_again(self, fields: dict[str, Any]) -> None:
+        for worker in self._awaited:
+            worker.send(self._kind, **fields)
+        self._repeat_later(fields)
 
     def answered(self, worker: WorkerProcess, message: Message) -> str | None:
         """Take `message` if it is the answer that is awaited; returns the command that failed."""
@@ -85,10 +100,11 @@ class Errand:
 
     def excuse(self, worker: WorkerProcess) -> None:
         """Await the answer of `worker` no longer."""
-        self._awaited.discard(worker)
-        if not self._awaited and self._deadline is not None:
+        self._awaited.pop(worker, None)
+        if not self._awaited and self._deadline is not None and self._repeat is not None:
             self._deadline.cancel()
-            self._deadline = None
+            self._repeat.cancel()
+            self._deadline = self._repeat = None
 
     def call(
         self,
@@ -100,7 +116,7 @@ class Errand:
         late: Callable[[Any], None] | None = None,
         needs_worker: bool = False,
     ) -> None:
-        """Make a blocking call in a thread; see `BlockingCall`."""
+        """Make a blocking call in a thread; see `Platform.call`."""
         assert not self.busy()
 
         def finished(result: Any, error: Exception | None) -> None:
@@ -109,7 +125,7 @@ class Errand:
             self._on_end()
 
         self._call_needs_worker = needs_worker
-        self._call = BlockingCall(self._reactor, name, within, function, finished, late)
+        self._call = self._platform.call(name, within, function, finished, late)
 
     def pause(self, seconds: float, then: Callable[[], None] | None = None) -> None:
         """Wait before the next thing, which is `then` if it is given."""

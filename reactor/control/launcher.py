@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 
+from reactor.messages import start_line
 from reactor.options import Options
 
 Process = subprocess.Popen[bytes]
@@ -21,9 +22,7 @@ class Launcher:
 
     def __init__(self, options: Options, instance: str) -> None:
         self._keeps_spare = options.lock_memory
-        self._command = [
-            sys.executable,
-            *("-P", "-m", "reactor.data.worker"),
+        arguments = [
             *("--runtime-dir", os.fspath(options.runtime_dir)),
             *("--instance", instance),
             *("--mode", options.mode),
@@ -31,6 +30,8 @@ class Launcher:
             *("--log-level", options.log_level),
             *(["--lock-memory"] if options.lock_memory else []),
         ]
+        self.start_line = start_line(arguments)
+        self._command = [sys.executable, "-P", "-m", "reactor.data", *arguments]
         self._spare: Process | None = None
 
     def launch(self, core: int) -> Process:

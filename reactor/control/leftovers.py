@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 
 from backends import registry
-from reactor.attach.device import adopt, held
-from reactor.control.blocking import BlockingCall
 from reactor.control.link import DETACH_SECONDS
+from reactor.control.platform import Platform
 from reactor.errors import ReactorError, reason
 from reactor.log import logger
-from reactor.loop import Reactor
 
 log = logger(__name__)
 
 
-def detach_unclaimed(reactor: Reactor, prefix: str, is_claimed: Callable[[str], bool]) -> None:
+def detach_unclaimed(platform: Platform, prefix: str, is_claimed: Callable[[str], bool]) -> None:
     """Free the devices held under a tag of `prefix` and a disk's name that nobody claims."""
-    for tag in held(prefix):
-        device = None if is_claimed(tag.removeprefix(prefix)) else adopt(tag)
+    for tag in platform.held(prefix):
+        device = None if is_claimed(tag.removeprefix(prefix)) else platform.adopt(tag)
         if device is not None:
             log.warning("%s is detached: no disk is to be on it any more", device.path)
             name = f"detaching {device.path}"
-            BlockingCall(reactor, name, DETACH_SECONDS, device.detach, _log_detach)
+            platform.call(name, DETACH_SECONDS, device.detach, _log_detach)
 
 
 def report(instance: str, disks: Container[str]) -> None:

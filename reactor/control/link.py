@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from reactor.attach.device import Device, attach
-from reactor.control.blocking import BlockingCall
+from reactor.attach.device import Device
 from reactor.control.errand import Errand
+from reactor.control.platform import Platform
 from reactor.control.shares import ANSWER_SECONDS, DRAIN_SECONDS, Geometry, Share
 from reactor.control.workers import WorkerProcess
 from reactor.errors import DeviceError, reason
 from reactor.log import logger
-from reactor.loop import Reactor
 from reactor.messages import Message
 from reactor.spec import DiskSpec
 
@@ -29,8 +28,6 @@ TRIES_MAX: Final = 200
 TRIES_PER_COUNT: Final = 10
 HANDOVER_TRIES: Final = 200
 STEADY_SECONDS: Final = 10.0  # a connection that lasted so long was a good one
-SOCKET_BUFFER: Final = 4 << 20  # bytes each way between kernel and worker
-SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h; Python does not name it
 
 log = logger(__name__)
 
@@ -42,6 +39,7 @@ class Slot:
     place: int  # the connection whose worker should serve it
     share: Share | None = None  # who does; None: it must be replaced
     generation: int = 0  # of the socket
+    handed_ns: int = 0  # when it was given to the worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ class DeviceLink:
 
     def __init__(
         self,
-        reactor: Reactor,
+        platform: Platform,
         errand: Errand,
         shares: Sequence[Share],
         on_failed: Callable[[Exception], None],
@@ -72,7 +70,8 @@ class DeviceLink:
         self.probed = False
         self.flushed = False
         self.fitted = False
-        self._reactor = reactor
+        self._platform = platform
+        self._reactor = platform.reactor
         self._errand = errand
         self._shares = shares
         self._on_failed = on_failed
@@ -136,6 +135,18 @@ class DeviceLink:
         self._disk = spec.name
         self._slots = self._new_slots()
 
+    def found(self, share: Share, connections: Iterable[tuple[int, int]], asked_ns: int) -> None:
+        """Note which (generation, position) the worker serves, as it was when it was asked."""
+        living = {position: generation for generation, position in connections}
+        for position, slot in enumerate(self._slots):
+            if slot.handed_ns > asked_ns:
+                continue  # later than what the worker says
+            if position in living:
+                slot.share = share
+                slot.generation = living[position]
+            elif slot.share is share:
+                self._lose(slot)
+
     def attach(self, spec: DiskSpec, tag: str, geometry: Geometry) -> None:
         """Attach what `spec` asks for, and give the workers their ends."""
         wanted = spec.device
@@ -145,7 +156,7 @@ class DeviceLink:
         self._disk = spec.name
 
         def attach_it() -> Device:
-            return attach(
+            return self._platform.attach(
                 wanted,
                 spec.attach,
                 tag=tag,
@@ -351,15 +362,19 @@ class DeviceLink:
         worker = delivery.share.worker
         if worker.pid is None or worker.pid != delivery.pid:
             return
-        self._generation += 1
+        slot = delivery.slot
+        # Of the clock: higher than any that an earlier controller gave.
+        self._generation = max(self._generation + 1, self._reactor.clock() // 1_000_000)
         worker.hand_over(
             "connection",
-            [delivery.end.fileno()],
+            [delivery.end],
             disk=self._disk,
             generation=self._generation,
+            position=self._slots.index(slot),
         )
-        delivery.slot.share = delivery.share
-        delivery.slot.generation = self._generation
+        slot.share = delivery.share
+        slot.generation = self._generation
+        slot.handed_ns = self._reactor.clock()
 
     def _lose(self, slot: Slot) -> None:
         slot.share = None
@@ -391,7 +406,7 @@ class DeviceLink:
         """Return the kernel's end for each slot, and the worker's end on its way to its worker."""
         kernel_ends, deliveries = [], []
         for slot in slots:
-            kernel_end, worker_end = _socket_pair()
+            kernel_end, worker_end = self._platform.socket_pair()
             share = self._server(slot.place)
             kernel_ends.append(kernel_end)
             deliveries.append(Delivery(slot, share, share.worker.pid, worker_end))
@@ -406,18 +421,7 @@ class DeviceLink:
                 log.error("disk %s: %s", self._disk, reason(error))
 
         name = f"detaching {device.path}"
-        BlockingCall(self._reactor, name, DETACH_SECONDS, device.detach, detached)
-
-
-def _socket_pair() -> tuple[socket.socket, socket.socket]:
-    pair = socket.socketpair()
-    for end in pair:
-        # What may be on its way is the sender's affair: a unix socket's SO_RCVBUF does nothing.
-        try:
-            end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SOCKET_BUFFER)
-        except PermissionError:  # without CAP_NET_ADMIN the host's maximum holds
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
-    return pair
+        self._platform.call(name, DETACH_SECONDS, device.detach, detached)
 
 
 def _drop(deliveries: Sequence[Delivery]) -> None:

@@ -67,12 +67,20 @@ def place(
     )
 
 
-def place_all(specs: Sequence[DiskSpec], machine: Machine) -> dict[str, Placement]:
-    """Return the place of every disk: those that name a core first, so the others fill up."""
-    placed: list[tuple[DiskSpec, Placement]] = []
+def place_all(
+    specs: Sequence[DiskSpec], placed: Iterable[tuple[DiskSpec, Placement]], machine: Machine
+) -> dict[str, Placement]:
+    """Return the place of every disk; those of that name that are `placed` stay.
+
+    Those that name a core come first, so that the others fill up.
+    """
+    known = list(placed)
+    places = {spec.name: placement for spec, placement in known}
     for spec in sorted(specs, key=lambda spec: spec.core is None):
-        placed.append((spec, place(spec, placed, machine)))
-    return {spec.name: placement for spec, placement in placed}
+        if spec.name not in places:
+            places[spec.name] = place(spec, known, machine)
+            known.append((spec, places[spec.name]))
+    return places
 
 
 def _spread(owner: int, connections: int, cores: Sequence[int]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ system but through this.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from socket import socket
 from typing import Any, Protocol, TypeVar
 
@@ -26,13 +27,22 @@ class Process(Protocol):
         """Its id."""
 
     def watch(self, on_exit: Callable[[int | None], None]) -> None:
-        """Call `on_exit(status)`, as Popen has it, once it is gone; None: nobody knows."""
+        """Call `on_exit(status)`, as Popen has it, once it is gone; None: it was not our child."""
 
     def send_signal(self, number: int) -> None:
         """Send a signal; nothing happens when it has ended."""
 
     def waits_for_medium(self) -> bool:
         """Whether it cannot run, not even be killed, before some I/O ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survivor:
+    """A worker whose controller died. Only one that was started as ours are can be adopted."""
+
+    core: int
+    process: Process
+    is_ours: bool
 
 
 class Bus(Protocol):
@@ -57,11 +67,16 @@ class Platform(Protocol):
 
     reactor: Reactor
     instance: str  # the service's name on this host
+    pid: int  # this process
+    cpus: int  # all that there are, not only those of the workers
 
     # --- workers ---
 
     def connect(self, on_event: Callable[[bytes, Message], None]) -> Bus:
         """Open the bus; `on_event(identity, message)` gets what workers say. Raises BusError."""
+
+    def survivors(self) -> list[Survivor]:
+        """Return the workers that live; asked once, before any is launched."""
 
     def launch(self, core: int) -> Process:
         """Start the worker of `core`; raises OSError."""
@@ -92,8 +107,11 @@ class Platform(Protocol):
     ) -> Device:
         """Attach a device; may block. See `reactor.attach.device.attach`."""
 
-    def adopt(self, tag: str) -> Device | None:
-        """Return the device that the kernel holds under exactly this tag."""
+    def adopt(self, tag: str, *, patient: bool = False) -> Device | None:
+        """Return the device that the kernel holds under exactly this tag.
+
+        `patient`: its requests may take any time; who attached it may have died before it said so.
+        """
 
     def held(self, prefix: str) -> list[str]:
         """Return the tags that begin with `prefix` of all devices that the kernel holds."""

@@ -5,19 +5,28 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-import select
-import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from reactor.control.saved import SavedState, decode
+from reactor.control.statefile import replace_file
 from reactor.errors import ReactorError, reason
-from reactor.log import logger
 
 #: The longest file in it that is a socket, `worker-NNN.sock`, must fit in struct sockaddr_un.
 PATH_MAX: Final = 107 - len("/worker-1023.sock")
-LEFTOVER_SECONDS: Final = 10.0
+STATE: Final = "state.json"
+LINE_MAX: Final = 8192  # bytes of a lock file
 
-log = logger(__name__)
+
+@dataclass(frozen=True, slots=True)
+class LeftWorker:
+    """A living worker, and a descriptor of its process."""
+
+    core: int
+    pid: int
+    pidfd: int
+    start_line: str
 
 
 class RuntimeDir:
@@ -50,22 +59,40 @@ class RuntimeDir:
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         self.instance = self._read_instance()
 
-    def end_leftover_workers(self) -> None:
-        """Kill the workers of a controller that died, and wait until they are gone.
+    def surviving_workers(self) -> list[LeftWorker]:
+        """Find the living workers of a controller that died."""
+        found = (_left_worker(path) for path in sorted(self.path.glob("worker-*.lock")))
+        return [worker for worker in found if worker is not None]
 
-        Their devices stay with the kernel, which holds the I/O until new workers serve them.
-        """
-        for path in sorted(self.path.glob("worker-*.lock")):
-            with path.open("rb") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self._end_worker(lock.read(32))
+    def load(self) -> SavedState | None:
+        """Return what was running; None when nothing was. Raises ReactorError, and keeps it."""
+        path = self.path / STATE
+        try:
+            return decode(path.read_bytes(), self.instance)
+        except FileNotFoundError:
+            return None
+        except (OSError, ReactorError, ValueError, LookupError, TypeError) as error:
+            raise ReactorError(
+                f"saved state {path}: {reason(error)}; nothing is touched. Move it away to start"
+                " with the disks of the config alone: devices that only it knows are then released"
+            ) from error
+
+    def save(self, state: bytes) -> None:
+        """Make `state` what is loaded next; raises OSError."""
+        replace_file(self.path / STATE, state)
+
+    def forget(self) -> None:
+        """Have nothing running when the next service starts."""
+        (self.path / STATE).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Remove what this service made here, but for the lock file, and give up the lock."""
-        for name in ("bus.sock", *(path.name for path in self.path.glob("worker-*"))):
-            (self.path / name).unlink(missing_ok=True)
+        """Give up the lock; what the service made here goes, but what its workers still need."""
+        left = self.surviving_workers()
+        for worker in left:
+            os.close(worker.pidfd)
+        if not left:
+            for name in ("bus.sock", *(path.name for path in self.path.glob("worker-*"))):
+                (self.path / name).unlink(missing_ok=True)
         os.close(self._lock)
 
     def _check_owner(self) -> None:
@@ -88,18 +115,26 @@ class RuntimeDir:
             raise ReactorError(f"{path} is damaged; remove it if no service runs on it")
         return instance
 
-    def _end_worker(self, text: bytes) -> None:
+
+def _left_worker(path: Path) -> LeftWorker | None:
+    """Return who holds the lock of a core, if anyone does."""
+    with path.open("rb") as lock:
+        pid, _, start_line = lock.read(LINE_MAX).decode(errors="replace").partition("\n")
+        core = path.stem.removeprefix("worker-")
         try:
-            pid = int(text)
-            pidfd = os.pidfd_open(pid)
+            pidfd = os.pidfd_open(int(pid))
         except (ValueError, ProcessLookupError):
-            return
-        log.warning("a controller died here: its worker (pid %d) is replaced", pid)
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            if not poll.poll(LEFTOVER_SECONDS * 1000):
-                raise ReactorError(f"worker {pid} of a dead controller cannot be ended")
-        finally:
-            os.close(pidfd)
+            return None
+        # Only now is it certain that the pid is not another process's by this time.
+        if _is_locked(lock.fileno()) and core.isdigit():
+            return LeftWorker(int(core), int(pid), pidfd, start_line.strip())
+        os.close(pidfd)
+        return None
+
+
+def _is_locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -39,15 +39,26 @@ class Share:
     def __init__(self, worker: WorkerProcess) -> None:
         self.worker = worker
         self.given_up = ""  # why the disk does without it
-        self.close()
-
-    def close(self) -> None:
-        """Note that the worker has nothing of the disk any more."""
         self.opened = False  # it has the disk open
         self.size = 0  # bytes of the disk, as it last told
         self.members: list[int] | None = None  # it leads, and gives clients to these cores
         self.refusing = False  # it refuses I/O
         self.statistics: dict[str, int] = {}
+
+    def found(self, report: Mapping[str, Any]) -> None:
+        """Note what the worker says that it has."""
+        self.opened = True
+        self.size = report["size"]
+        self.members = report["members"] if report["leads"] else None
+        self.refusing = report["refusing"]
+
+    def close(self) -> None:
+        """Note that the worker has nothing of the disk any more."""
+        self.opened = False
+        self.size = 0
+        self.members = None
+        self.refusing = False
+        self.statistics = {}
 
 
 class Shares:
@@ -106,6 +117,11 @@ class Shares:
         return any(share.refusing for share in self._all)
 
     @property
+    def unknown(self) -> bool:
+        """Whether some worker may have the disk open without our knowing."""
+        return any(share.worker.unknown for share in self._all)
+
+    @property
     def hopeless(self) -> bool:
         """Whether no worker will ever be there."""
         return all(share.worker.state == "failed" for share in self._all)
@@ -149,9 +165,7 @@ class Shares:
         spec = spec.with_device(None)  # what the worker needs not know changes without it
 
         def started(_worker: WorkerProcess, message: Message) -> None:
-            if not self.opened:
-                size, block_size, flags = (message[k] for k in ("size", "block_size", "flags"))
-                self.geometry = Geometry(size, block_size, flags)
+            self._learn(message)
             share.opened = True
             share.size = message["size"]
             share.members = members if leads else None
@@ -164,6 +178,7 @@ class Shares:
             started,
             spec=(spec if leads else replace(spec, listen=())).to_message(),
             shared=len(self._all) > 1,
+            leads=leads,
             members=members if leads else [],
         )
 
@@ -266,6 +281,11 @@ class Shares:
         else:
             self._on_failed(error)
 
+    def found(self, share: Share, report: Mapping[str, Any]) -> None:
+        """Take over what a worker says that it has of the disk."""
+        self._learn(report)
+        share.found(report)
+
     def removed(self, share: Share) -> bool:
         """Note that a worker refuses I/O; returns whether it was asked to."""
         share.refusing = True
@@ -275,6 +295,12 @@ class Shares:
         return awaited
 
     # --- the parts ---
+
+    def _learn(self, told: Mapping[str, Any]) -> None:
+        """Take what the first that has the disk says of it."""
+        if not self.opened:
+            size, block_size, flags = (told[key] for key in ("size", "block_size", "flags"))
+            self.geometry = Geometry(size, block_size, flags)
 
     def _taking_part(self) -> list[Share]:
         return [share for share in self._all if not share.given_up]

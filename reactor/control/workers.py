@@ -1,24 +1,24 @@
-"""A worker as its controller sees it: spawned, watched, restarted with back-off."""
+"""A worker as its controller sees it: spawned or adopted, watched, restarted with back-off."""
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from socket import socket
 from typing import Any, Final, Literal, TypeAlias
 
-from reactor.bus import ControllerBus, descriptor_socket, send_descriptors
-from reactor.control.launcher import Launcher
+from reactor.control.platform import Bus, Platform, Process
 from reactor.control.service import WorkerStatus
 from reactor.log import logger
-from reactor.loop import Reactor, Timer
-from reactor.messages import encode
+from reactor.loop import Timer
+from reactor.messages import Message
 
 START_SECONDS: Final = 60.0  # from exec to hello
+ADOPT_SECONDS: Final = 20.0  # ... from the first inquiry, while what a dead controller began ends
+INQUIRE_SECONDS: Final = 0.1  # until it is connected
+INQUIRE_AGAIN_SECONDS: Final = 1.0
 SILENCE_SECONDS: Final = 5.0  # without heartbeat a worker is not trusted to read its sockets
-HANG_SECONDS: Final = 30.0  # without heartbeat it is killed
+HANG_SECONDS: Final = 10.0  # without heartbeat it is killed
 ABORT_SECONDS: Final = 2.0  # from SIGABRT (stack dump) to SIGKILL
 BACKOFF_SECONDS: Final = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0)
 STEADY_SECONDS: Final = 60.0  # a worker that lived so long starts its back-off anew
@@ -30,34 +30,42 @@ log = logger(__name__)
 
 
 class WorkerProcess:
-    """The worker of one core, over all its lives. `on_change` comes when it is up or gone."""
+    """The worker of one core, over all its lives.
+
+    `on_hello` gets what the worker says that it has: when it comes up, and when it was asked again
+    because something that it had said got lost. Then, and when it is gone, `on_change` comes.
+    """
 
     def __init__(
         self,
-        reactor: Reactor,
-        bus: ControllerBus,
-        launcher: Launcher,
-        runtime_dir: Path,
+        platform: Platform,
+        bus: Bus,
         core: int,
         on_change: Callable[[WorkerProcess], None],
+        on_hello: Callable[[WorkerProcess, Message], None],
     ) -> None:
         self.core = core
         self.state: State = "waiting"
         self.restarts = 0
+        self.unknown = True  # it may have disks of which it has yet to say so
         self.statistics: dict[str, int] = {}
-        self._reactor = reactor
+        self._platform = platform
+        self._reactor = platform.reactor
         self._bus = bus
-        self._launcher = launcher
         self._on_change = on_change
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pidfd = -1
+        self._on_hello = on_hello
+        self._process: Process | None = None
         self._identity = b""
+        self._events = 0  # heard since the last hello
         self._heard_ns = 0
         self._started_ns = 0
+        self._start_seconds = START_SECONDS
         self._quick_deaths = 0
+        self._aborted = False
+        self._blocked = False  # a medium that it waits for was reported
         self._respawn: Timer | None = None
         self._stopping = False
-        self._path = descriptor_socket(runtime_dir, core)
+        self._replacing = False
 
     # --- what it is ---
 
@@ -87,67 +95,131 @@ class WorkerProcess:
     def spawn(self) -> None:
         """Start the process, by exec: nothing of the controller is shared."""
         self._respawn = None
+        self.unknown = False
         try:
-            self._process = self._launcher.launch(self.core)
-            self._pidfd = os.pidfd_open(self._process.pid)
+            process = self._platform.launch(self.core)
         except OSError as error:
             log.error("worker core %d cannot be started: %s", self.core, error)
-            if self._process is not None:  # nobody could watch it
-                self._process.kill()
-                self._process.wait()
-                self._process = None
             self._plan_respawn(quickly=True)
             self._on_change(self)
             return
-        self._reactor.add_fd(self._pidfd, self._on_exit, name=f"worker {self.core}")
-        self._identity = f"worker-{self.core}-{self._process.pid}".encode()
+        self._begin(process, START_SECONDS)
+
+    def adopt(self, process: Process) -> None:
+        """Take over a living worker, with all that it has, from a controller that died."""
+        log.info("worker core %d (pid %d) lives and is taken over", self.core, process.pid)
+        self._begin(process, ADOPT_SECONDS)
+        self._inquire_until_heard(process)
+
+    def replace(self, process: Process) -> None:
+        """Have a worker that is not as ours are finish what it does, and start one in its place."""
+        log.info("worker core %d (pid %d) is replaced by one of today", self.core, process.pid)
+        self._replacing = True
+        self._begin(process, ADOPT_SECONDS)
+        process.send_signal(signal.SIGTERM)
+
+    def retire(self, process: Process) -> None:
+        """Have a worker finish what it does and end."""
+        log.info("worker core %d (pid %d) ends: the core is not ours now", self.core, process.pid)
+        self._stopping = True
+        self._begin(process, ADOPT_SECONDS)
+        process.send_signal(signal.SIGTERM)
+
+    def _begin(self, process: Process, start_seconds: float) -> None:
+        self._process = process
+        process.watch(self._on_exit)
+        self._identity = f"worker-{self.core}-{process.pid}".encode()
         self._started_ns = self._heard_ns = self._reactor.clock()
+        self._start_seconds = start_seconds
+        self._events = 0
+        self._aborted = self._blocked = False
         self.state = "starting"
 
     def owns(self, identity: bytes) -> bool:
         """Whether a message under `identity` is from the living process."""
         return self._process is not None and identity == self._identity
 
-    def heard(self, kind: str, reactor: dict[str, int] | None = None) -> None:
-        """Note a sign of life."""
+    def heard(self, message: Message) -> bool:
+        """Note a sign of life; returns whether the message says something of disks."""
+        kind = message["type"]
+        if self._replacing or (self.state != "running" and kind != "hello"):
+            return False  # it was said to another controller
         self._heard_ns = self._reactor.clock()
-        if reactor is not None:
-            self.statistics = reactor
+        self._blocked = False
         if kind == "hello":
-            self._bus.send(self._identity, "welcome")
-            if self.state == "starting":
-                self.state = "running"
-                log.info("worker core %d runs (pid %s)", self.core, self.pid)
-                self._on_change(self)
+            self._greet(message)
+            return False
+        if kind == "statistics":
+            if message["events"] != self._events:
+                log.info("worker core %d is asked what it has: news of it got lost", self.core)
+                self._inquire()
+            self.statistics = counters(message["reactor"])
+        else:
+            self._events += 1
+        return True
+
+    def _greet(self, message: Message) -> None:
+        self._bus.send(self._identity, "welcome", controller=self._platform.pid)
+        came = self.state == "starting"
+        if not came and not message["id"]:
+            return  # it has not heard that it is welcome
+        self.unknown = False
+        self._events = 0
+        self.state = "running"
+        if came:
+            log.info("worker core %d runs (pid %s)", self.core, self.pid)
+        self._on_hello(self, message)
+        self._on_change(self)
+
+    def _inquire(self) -> bool:
+        # The id is the time: what it is told later is not in its answer.
+        fields = {"id": self._reactor.clock(), "controller": self._platform.pid}
+        return self._bus.send(self._identity, "inquire", **fields)
+
+    def _inquire_until_heard(self, process: Process) -> None:
+        """Its connection to our bus comes when it comes; what is sent before is refused."""
+        if self._process is process and self.state == "starting":
+            seconds = INQUIRE_AGAIN_SECONDS if self._inquire() else INQUIRE_SECONDS
+            self._reactor.call_later(seconds, lambda: self._inquire_until_heard(process))
 
     def send(self, kind: str, **fields: Any) -> bool:
         """Send a command; False when it cannot be sent now."""
         return self.state == "running" and self._bus.send(self._identity, kind, **fields)
 
-    def hand_over(self, kind: str, fds: list[int], **fields: Any) -> None:
+    def hand_over(self, kind: str, socks: Sequence[socket], **fields: Any) -> None:
         """Send descriptors; raises OSError."""
-        send_descriptors(self._path, fds, encode(kind, **fields))
+        self._platform.hand_over(self.core, kind, socks, **fields)
 
     def look_after(self) -> None:
         """End a worker that does not start or hangs; called every second."""
-        if self._process is None:
+        process, silence = self._process, self._silence()
+        limit = self._start_seconds if self.state == "starting" else HANG_SECONDS
+        if process is None or silence <= limit:
             return
-        limit = START_SECONDS if self.state == "starting" else HANG_SECONDS
-        silence = self._silence()
-        if silence > limit + ABORT_SECONDS:
+        if process.waits_for_medium():
+            # To kill it would help nobody: it would not even end before the medium answers.
+            if not self._blocked:
+                log.warning(
+                    "worker core %d (pid %d) waits for a medium for %.0f s now, and its disks with"
+                    " it; dmesg may name the medium",
+                    *(self.core, process.pid, silence),
+                )
+            self._blocked = True
+        elif silence > limit + ABORT_SECONDS:
             self.kill("it did not even abort")
-        elif silence > limit and not self._stopping:
+        elif not self._aborted and not self._stopping:
             log.error(
-                "worker core %d (pid %s) is silent for %.0f s: aborted, its stack follows",
-                *(self.core, self.pid, silence),
+                "worker core %d (pid %d) is silent for %.0f s: aborted, its stack follows",
+                *(self.core, process.pid, silence),
             )
-            self._process.send_signal(signal.SIGABRT)
+            self._aborted = True
+            process.send_signal(signal.SIGABRT)
 
     def kill(self, why: str) -> None:
         """Kill the process now; its end comes by `on_change`."""
         if self._process is not None:
             log.warning("worker core %d (pid %s) is killed: %s", self.core, self.pid, why)
-            self._process.kill()
+            self._process.send_signal(signal.SIGKILL)
 
     def shut_down(self) -> None:
         """Ask it to exit, all its disks being stopped, and do not start it again."""
@@ -170,21 +242,20 @@ class WorkerProcess:
     def _silence(self) -> float:
         return (self._reactor.clock() - self._heard_ns) / 1e9
 
-    def _on_exit(self, _events: int) -> bool:
-        assert self._process is not None
-        status = self._process.wait()
-        self._reactor.remove_fd(self._pidfd)
-        os.close(self._pidfd)
+    def _on_exit(self, status: int | None) -> None:
         self._process = None
+        self.unknown = False
         self.statistics = {}
         if self._stopping:
             self.state = "waiting"
+        elif self._replacing:
+            self._replacing = False
+            self.spawn()
         else:
             log.error("worker core %d %s", self.core, _how_it_ended(status))
             lived = (self._reactor.clock() - self._started_ns) / 1e9
             self._plan_respawn(quickly=lived < STEADY_SECONDS, hopeless=status == BOOT_FAILURE)
         self._on_change(self)
-        return True
 
     def _plan_respawn(self, *, quickly: bool, hopeless: bool = False) -> None:
         self._quick_deaths = self._quick_deaths + 1 if quickly else 1
@@ -198,7 +269,18 @@ class WorkerProcess:
         self._respawn = self._reactor.call_later(seconds, self.spawn)
 
 
-def _how_it_ended(status: int) -> str:
+def counters(given: dict[Any, Any]) -> dict[str, int]:
+    """Return what of a message's map are counters."""
+    return {
+        name: count
+        for name, count in given.items()
+        if isinstance(name, str) and isinstance(count, int)
+    }
+
+
+def _how_it_ended(status: int | None) -> str:
+    if status is None:
+        return "has ended; dmesg may say why"
     if status >= 0:
         return f"ended by itself with status {status}"
     return f"was ended by signal {-status} ({signal.strsignal(-status)})"

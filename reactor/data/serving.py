@@ -6,7 +6,7 @@ import errno
 import socket
 from collections import Counter
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from backends import registry
 from backends.api import Disk, Event
@@ -65,10 +65,13 @@ class ServedDisk:
         on_disconnected: Callable[[ServedDisk, int, str], None],
     ) -> None:
         self.spec = spec
+        self.leads = False
+        self.members: list[int] = []  # cores whose workers get clients from this one, if it leads
         self._reactor = reactor
         self._on_removed = on_removed
         self._on_disconnected = on_disconnected
         self._generations: dict[Connection, int] = {}  # 0: a client, else the kernel's
+        self._positions: dict[int, int] = {}  # of the kernel's connections, by generation
         self._leashes: dict[Connection, socket.socket] = {}  # of clients that another worker gave
         self._finished: Counter[str] = Counter()
         self._told = (-1, -1)  # system calls and connections when the counters were last told
@@ -112,6 +115,7 @@ class ServedDisk:
         generation: int,
         trailing: bytes = b"",
         leash: socket.socket | None = None,
+        position: int = 0,
     ) -> None:
         """Serve the transmission phase on `sock`, a client's (generation 0) or the kernel's.
 
@@ -129,6 +133,8 @@ class ServedDisk:
             self._reactor, sock, self.export, self._channel, self._closed, trailing=trailing
         )
         self._generations[connection] = generation
+        if generation:
+            self._positions[generation] = position
         if leash is not None:
             self._leashes[connection] = leash
         if self._removal is not None:
@@ -169,6 +175,30 @@ class ServedDisk:
             if generation:
                 connection.drain(seconds)
         self._report_released()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it is neither being stopped nor being released."""
+        return self._on_stopped is None and self._on_released is None
+
+    def report(self) -> dict[str, Any]:
+        """Return what the controller must know of it, whatever it knew before."""
+        self._told = (-1, -1)  # all counters too
+        return {
+            "spec": self.spec.to_message(),
+            "size": self.export.size,
+            "block_size": self.export.block_size,
+            "flags": self.export.flags,
+            "leads": self.leads,
+            "members": self.members,
+            "refusing": self._removal is not None,
+            "reason": self._removal or "",
+            "connections": [
+                (generation, self._positions[generation])
+                for generation in self._generations.values()
+                if generation
+            ],
+        }
 
     def resize(self, size: int, *, follow: bool) -> None:
         """Change the size of the disk, or follow who does; raises OSError."""
@@ -233,6 +263,7 @@ class ServedDisk:
             leash.close()
         self._count(connection, self._finished)
         if generation:
+            del self._positions[generation]
             self._on_disconnected(self, generation, reason)
             self._report_released()
         self._close_if_unused()

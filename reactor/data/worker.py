@@ -1,35 +1,26 @@
-"""A worker process: pinned to one core, it serves the disks that the controller gives it."""
+"""A worker: pinned to one core, it serves the disks that the controller gives it."""
 
 from __future__ import annotations
 
-import argparse
 import errno
-import faulthandler
-import fcntl
 import os
-import resource
-import signal
+import select
 import socket
-import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Final
 
-from setproctitle import setproctitle
-
-from backends import registry
-from reactor import __version__, pressure
 from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
-from reactor.data import garbage
 from reactor.data.listener import Listener
 from reactor.data.serving import ServedDisk
 from reactor.data.spread import ClientSpread
 from reactor.errors import BusError, ReactorError, reason
-from reactor.log import FORMATS, LEVELS, logger, set_up
-from reactor.loop import MODES, Reactor, Timer
+from reactor.log import logger
+from reactor.loop import Reactor, Timer
 from reactor.messages import HANDOVERS, Message, decode
 from reactor.protocol.export import Export
 from reactor.spec import Address, DiskSpec
@@ -41,7 +32,8 @@ HANDOVERS_PER_TURN: Final = 16
 # kernel lets go of an io_uring when its last operation ends, not when its process does.
 START_RETRY_SECONDS: Final = 0.1
 START_TRIES: Final = 50
-BOOT_FAILURE: Final = 3  # exit status: starting again will not help
+DRAIN_SECONDS: Final = 10.0
+QUIET_SECONDS: Final = 0.05  # until it is looked again whether all that is under way has ended
 
 log = logger(__name__)
 
@@ -60,6 +52,8 @@ class Worker:
         self._listeners: dict[Address, list[Listener]] = {}
         self._handed: dict[str, list[socket.socket]] = {}  # systemd's sockets, by name
         self._welcomed = False
+        self._inquiry = 0  # that is not answered yet
+        self._controller = os.pidfd_open(os.getppid())
         self._descriptors = _bind_descriptor_socket(descriptor_socket(runtime_dir, core))
         reactor.add_fd(self._descriptors.fileno(), self._take_descriptors, name="descriptors")
         identity = f"worker-{core}-{os.getpid()}".encode()
@@ -74,10 +68,27 @@ class Worker:
         for socks in self._handed.values():
             _close_all(socks)
 
+    def end_if_orphaned(self) -> None:
+        """Finish what is in flight, let go of everything and exit: SIGTERM without a controller.
+
+        systemd signals the whole control group: while the controller lives, stopping is its affair.
+        """
+        if select.select([self._controller], [], [], 0)[0]:
+            for name in list(self._disks):
+                self._stop({"id": 0, "disk": name, "seconds": DRAIN_SECONDS})
+            self._end_when_stopped()
+
+    def _end_when_stopped(self) -> None:
+        if self._disks:
+            self._reactor.call_later(QUIET_SECONDS, self._end_when_stopped)
+        else:
+            self._reactor.stop()
+
     # --- what the controller says ---
 
     def _on_command(self, message: Message) -> None:
         handler = {
+            "inquire": self._be_asked,
             "welcome": self._welcome,
             "start": self._start,
             "stop": self._stop,
@@ -108,8 +119,34 @@ class Worker:
             reason=reason(error),
         )
 
-    def _welcome(self, _message: Message) -> None:
+    def _be_asked(self, message: Message) -> None:
+        self._meet(message["controller"])
+        for name in list(self._retries):  # of an earlier controller, perhaps
+            self._forget_retry(name)
+        self._inquiry = message["id"]
+        self._answer(message["id"])
+
+    def _answer(self, inquiry: int) -> None:
+        """Say hello once nothing is half done."""
+        if inquiry != self._inquiry:
+            return  # a later one came
+        if all(served.quiet for served in self._disks.values()):
+            self._take_descriptors(0)  # a connection may have been sent before
+            self._say_hello(inquiry)
+            self._inquiry = 0
+        else:
+            self._reactor.call_later(QUIET_SECONDS, lambda: self._answer(inquiry))
+
+    def _welcome(self, message: Message) -> None:
+        self._meet(message["controller"])
         self._welcomed = True
+
+    def _meet(self, controller: int) -> None:
+        """Note who the controller is."""
+        with suppress(ProcessLookupError):
+            process = os.pidfd_open(controller)
+            os.close(self._controller)
+            self._controller = process
 
     def _start(self, message: Message) -> None:
         self._try_to_start(START_TRIES, message)
@@ -143,7 +180,11 @@ class Worker:
             self._unlisten(served)
             served.spec = spec
             self._listen(served)
-        self._spread(served, message["members"])
+        served.leads, served.members = message["leads"], message["members"]
+        if served.leads:
+            self._spread(served)
+        else:
+            self._unlisten(served)
         export = served.export
         self._bus.send(
             "started",
@@ -231,7 +272,7 @@ class Worker:
         wait = seconds - self._reactor.clock() / 1e9 % HEARTBEAT_SECONDS
         self._reactor.call_later(wait, self._heartbeat)
         if not self._welcomed:
-            self._say_hello()
+            self._say_hello(0)
             return
         reactor = self._reactor
         self._bus.send(
@@ -242,16 +283,13 @@ class Worker:
                 "turns": reactor.turns,
             },
             disks=changed,
+            events=self._bus.events,
         )
 
-    def _say_hello(self) -> None:
-        self._bus.send(
-            "hello",
-            core=self._core,
-            pid=os.getpid(),
-            version=__version__,
-            disks=list(self._disks),
-        )
+    def _say_hello(self, inquiry: int) -> None:
+        reports = [served.report() for served in self._disks.values()]
+        self._bus.send("hello", id=inquiry, core=self._core, pid=os.getpid(), disks=reports)
+        self._bus.events = 0
 
     def _on_removed(self, served: ServedDisk, why: str) -> None:
         self._unlisten(served)
@@ -262,10 +300,10 @@ class Worker:
 
     # --- listeners ---
 
-    def _spread(self, served: ServedDisk, cores: list[int]) -> None:
-        """Give the clients of a disk to the workers of `cores` too."""
+    def _spread(self, served: ServedDisk) -> None:
+        """Give the clients of a disk to its members too."""
         name = served.spec.name
-        members = [descriptor_socket(self._runtime_dir, core) for core in cores]
+        members = [descriptor_socket(self._runtime_dir, core) for core in served.members]
         if name in self._spreads:
             self._spreads[name].members = members
             return
@@ -371,7 +409,7 @@ class Worker:
             served.serve(client, 0, message["trailing"], leash)
             return
         for sock in socks:
-            served.serve(sock, message["generation"])
+            served.serve(sock, message["generation"], position=message["position"])
 
 
 def _close_all(socks: list[socket.socket]) -> None:
@@ -395,91 +433,3 @@ def _bind_descriptor_socket(path: Path) -> socket.socket:
     finally:
         os.umask(mask)
     return sock
-
-
-def _lock_core(runtime_dir: Path, core: int) -> int:
-    """Take the core's lock for this process's life; the next controller reads our pid there."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(runtime_dir / f"worker-{core}.lock", flags, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="nbd-reactor worker", allow_abbrev=False)
-    parser.add_argument("--runtime-dir", type=Path, required=True)
-    parser.add_argument("--instance", required=True)
-    parser.add_argument("--mode", choices=MODES, required=True)
-    parser.add_argument("--lock-memory", action="store_true")
-    parser.add_argument("--log-format", choices=FORMATS, required=True)
-    parser.add_argument("--log-level", choices=LEVELS, required=True)
-    return parser.parse_args()
-
-
-def _stop_when_orphaned(reactor: Reactor, controller: int) -> None:
-    # systemd signals the whole control group: while the controller lives, stopping is its affair.
-    if os.getppid() != controller:
-        reactor.stop()
-
-
-def _await_core(arguments: argparse.Namespace) -> int | None:
-    """Prepare the process, then wait to be told its core; None when the controller is gone."""
-    _name(arguments, "spare worker")
-    faulthandler.enable()
-    pressure.prepare()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each client
-    if arguments.lock_memory:
-        _load_backends()  # their code belongs to what is locked
-        pressure.lock_memory()
-    told = sys.stdin.buffer.readline()
-    if not told:
-        return None
-    core = int(told)
-    _name(arguments, f"worker core {core}")
-    return core
-
-
-def _load_backends() -> None:
-    for name in registry.names():
-        try:
-            registry.backend(name)
-        except ReactorError as error:  # a disk of this backend will say so too
-            log.warning("%s", reason(error))
-
-
-def _name(arguments: argparse.Namespace, name: str) -> None:
-    set_up(name, arguments.log_format, arguments.log_level)
-    setproctitle(f"nbd-reactor: {name}")
-
-
-def main() -> int:
-    """Run a worker until the controller says `shutdown`."""
-    arguments = _arguments()
-    controller = os.getppid()
-    try:
-        core = _await_core(arguments)
-        if core is None:
-            return 0
-        os.sched_setaffinity(0, {core})  # before ZeroMQ makes its thread
-        lock = _lock_core(arguments.runtime_dir, core)
-        reactor = Reactor(arguments.mode)
-        worker = Worker(reactor, core, arguments.runtime_dir, arguments.instance)
-    except (OSError, ReactorError) as error:
-        log.critical("cannot start: %s", reason(error))
-        return BOOT_FAILURE
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the controller
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    reactor.add_signal(signal.SIGTERM, lambda: _stop_when_orphaned(reactor, controller))
-    garbage.collect_by_timer(reactor)
-    reactor.run()
-    worker.close()
-    reactor.close()
-    os.close(lock)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The platform of a real service."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+from backends import registry
+from reactor.attach import device
+from reactor.bus import ControllerBus, descriptor_socket, send_descriptors
+from reactor.control.blocking import BlockingCall
+from reactor.control.launcher import Launcher
+from reactor.control.platform import Bus, Call, Process, Survivor
+from reactor.control.process import WatchedProcess
+from reactor.control.runtime import RuntimeDir
+from reactor.loop import Reactor
+from reactor.messages import Message, encode
+from reactor.options import Options
+
+SOCKET_BUFFER: Final = 4 << 20  # bytes each way between kernel and worker
+SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h; Python does not name it
+
+Result = TypeVar("Result")
+
+
+class Linux:
+    """See `platform.Platform`."""
+
+    def __init__(self, reactor: Reactor, options: Options, runtime: RuntimeDir) -> None:
+        self.reactor = reactor
+        self.instance = runtime.instance
+        self.pid = os.getpid()
+        self.cpus = os.cpu_count() or 1
+        self._runtime = runtime
+        self._launcher = Launcher(options, runtime.instance)
+
+    def close(self) -> None:
+        """End the spare process."""
+        self._launcher.close()
+
+    # --- workers ---
+
+    def connect(self, on_event: Callable[[bytes, Message], None]) -> Bus:
+        return ControllerBus(self.reactor, self._runtime.path / "bus.sock", on_event)
+
+    def survivors(self) -> list[Survivor]:
+        return [
+            Survivor(
+                left.core,
+                WatchedProcess(self.reactor, left.pid, left.pidfd),
+                left.start_line == self._launcher.start_line,
+            )
+            for left in self._runtime.surviving_workers()
+        ]
+
+    def launch(self, core: int) -> Process:
+        child = self._launcher.launch(core)
+        try:
+            pidfd = os.pidfd_open(child.pid)
+        except OSError:  # nobody could watch it
+            child.kill()
+            child.wait()
+            raise
+        return WatchedProcess(self.reactor, child.pid, pidfd, child)
+
+    def keep_spare(self) -> None:
+        self._launcher.keep_spare()
+
+    def hand_over(
+        self, core: int, kind: str, socks: Sequence[socket.socket], **fields: Any
+    ) -> None:
+        path = descriptor_socket(self._runtime.path, core)
+        send_descriptors(path, [sock.fileno() for sock in socks], encode(kind, **fields))
+
+    # --- the kernel ---
+
+    def socket_pair(self) -> tuple[socket.socket, socket.socket]:
+        pair = socket.socketpair()
+        for end in pair:
+            # What may be on its way is the sender's affair: a unix socket's SO_RCVBUF does nothing.
+            try:
+                end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SOCKET_BUFFER)
+            except PermissionError:  # without CAP_NET_ADMIN the host's maximum holds
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+        return pair
+
+    attach = staticmethod(device.attach)
+    adopt = staticmethod(device.adopt)
+    held = staticmethod(device.held)
+
+    def call(
+        self,
+        name: str,
+        seconds: float,
+        function: Callable[[], Result],
+        done: Callable[[Result | None, Exception | None], None],
+        late: Callable[[Result], None] | None = None,
+    ) -> Call:
+        return BlockingCall(self.reactor, name, seconds, function, done, late)
+
+    # --- what is kept ---
+
+    def save(self, state: bytes) -> None:
+        self._runtime.save(state)
+
+    def discard(self, backend: str, disk: str) -> None:
+        registry.backend(backend).discard(disk, self.instance)

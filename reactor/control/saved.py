@@ -1,0 +1,148 @@
+"""What is running, as the next controller must know it, and what that makes of it. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, TypeAlias
+
+from reactor.control.plan import Machine, Placement, place_all
+from reactor.errors import ReactorError
+from reactor.spec import DiskSpec
+
+VERSION: Final = 1
+
+#: online: served; stopped: known, not served; gone: on its way to be forgotten.
+Desired: TypeAlias = Literal["online", "stopped", "gone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a disk should be, and where."""
+
+    spec: DiskSpec
+    placement: Placement
+    desired: Desired = "online"
+    hot: bool = False  # removed, not stopped: what is written back would fail anyway
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """The disks; what takes the place of some; and those that the config named, as it was read."""
+
+    wishes: Sequence[Wish] = ()
+    successors: Mapping[str, DiskSpec] = field(default_factory=dict)
+    configured: Mapping[str, DiskSpec] = field(default_factory=dict)
+
+    def encode(self, instance: str) -> bytes:
+        """Return the bytes to keep."""
+        content = {
+            "version": VERSION,
+            "instance": instance,
+            "disks": [
+                {
+                    "spec": wish.spec.to_message(),
+                    "core": wish.placement.core,
+                    "connections": list(wish.placement.connections),
+                    "desired": wish.desired,
+                    "hot": wish.hot,
+                }
+                for wish in self.wishes
+            ],
+            "successors": [spec.to_message() for spec in self.successors.values()],
+            "configured": [spec.to_message() for spec in self.configured.values()],
+        }
+        text = json.dumps(content, indent=1)
+        return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode()
+
+
+def decode(data: bytes, instance: str) -> SavedState:
+    """Return what `encode` made; raises ReactorError that says what is wrong with the bytes."""
+    digest, _, text = data.partition(b"\n")
+    if hashlib.sha256(text.removesuffix(b"\n")).hexdigest().encode() != digest:
+        raise ReactorError("it is torn or was edited")
+    content = json.loads(text)
+    if content["version"] != VERSION:
+        raise ReactorError(f"it is of version {content['version']}, not {VERSION}")
+    if content["instance"] != instance:
+        raise ReactorError(f"it is of another service, {content['instance']}")
+    return SavedState(
+        tuple(_wish(plain) for plain in content["disks"]),
+        _by_name(content["successors"]),
+        _by_name(content["configured"]),
+    )
+
+
+def _by_name(plain: Sequence[Mapping[str, Any]]) -> dict[str, DiskSpec]:
+    specs = (DiskSpec.from_message(spec) for spec in plain)
+    return {spec.name: spec for spec in specs}
+
+
+def _wish(plain: Mapping[str, Any]) -> Wish:
+    placement = Placement(plain["core"], tuple(plain["connections"]))
+    return Wish(DiskSpec.from_message(plain["spec"]), placement, plain["desired"], plain["hot"])
+
+
+def reconfigured(running: DiskSpec, before: DiskSpec | None, now: DiskSpec) -> DiskSpec:
+    """Return `now`, as the config has it, with what was changed at run time since `before`.
+
+    The larger of two sizes counts: nothing but `resize` cuts a disk.
+    """
+    if before is not None and now.device == before.device:
+        now = now.with_device(running.device)
+    if not now.same_storage(running) or "size" not in running.options:
+        return now
+    size = running.options["size"]
+    return now.with_size(max(size, now.options.get("size", size)))
+
+
+def wishes_at_start(
+    saved: SavedState, now: Mapping[str, DiskSpec], serving: Collection[int], machine: Machine
+) -> list[Wish]:
+    """Return what the disks should be: those that were saved, and what is new in the config.
+
+    What a worker of the cores `serving` has stays at first as it is; the others become at once what
+    the config says. A disk of the config that is not among those saved was removed at run time:
+    only another config brings it back. Raises OSError when the disks cannot be placed.
+    """
+    wishes = [_renewed(wish, saved, now, serving, machine) for wish in saved.wishes]
+    known = {wish.spec.name for wish in wishes}
+    new = [
+        spec
+        for name, spec in now.items()
+        if name not in known and spec != saved.configured.get(name)
+    ]
+    stay = [(wish.spec, wish.placement) for wish in wishes if _fits(wish, machine)]
+    places = place_all([*(wish.spec for wish in wishes), *new], stay, machine)
+    return [
+        *(replace(wish, placement=places[wish.spec.name]) for wish in wishes),
+        *(Wish(spec, places[spec.name]) for spec in new),
+    ]
+
+
+def _renewed(
+    wish: Wish,
+    saved: SavedState,
+    now: Mapping[str, DiskSpec],
+    serving: Collection[int],
+    machine: Machine,
+) -> Wish:
+    was, before, spec = wish.spec, saved.configured.get(wish.spec.name), now.get(wish.spec.name)
+    served = any(core in serving for core in wish.placement.cores)
+    if spec is not None and spec != before and wish.desired != "gone" and not served:
+        was = reconfigured(was, before, spec)
+    if was.core not in (None, *machine.cores):
+        was = replace(was, core=None)
+    return replace(wish, spec=was)
+
+
+def _fits(wish: Wish, machine: Machine) -> bool:
+    """Whether the disk can stay where it was."""
+    spec, placement = wish.spec, wish.placement
+    return (
+        all(core in machine.cores for core in placement.cores)
+        and spec.core in (None, placement.core)
+        and len(placement.connections) == min(spec.connections, machine.cpus)
+    )

@@ -1,0 +1,109 @@
+"""A worker process, from its start to its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import fcntl
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Final
+
+from setproctitle import setproctitle
+
+from backends import registry
+from reactor import pressure
+from reactor.data import garbage
+from reactor.data.worker import Worker
+from reactor.errors import ReactorError, reason
+from reactor.log import FORMATS, LEVELS, logger, set_up
+from reactor.loop import MODES, Reactor
+from reactor.messages import start_line
+
+BOOT_FAILURE: Final = 3  # exit status: starting again will not help
+
+log = logger(__name__)
+
+
+def _lock_core(runtime_dir: Path, core: int) -> int:
+    """Take the core's lock for this process's life; the next controller reads there who we are."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(runtime_dir / f"worker-{core}.lock", flags, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n{start_line(sys.argv[1:])}\n".encode(), 0)
+    return fd
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="nbd-reactor worker", allow_abbrev=False)
+    parser.add_argument("--runtime-dir", type=Path, required=True)
+    parser.add_argument("--instance", required=True)
+    parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--lock-memory", action="store_true")
+    parser.add_argument("--log-format", choices=FORMATS, required=True)
+    parser.add_argument("--log-level", choices=LEVELS, required=True)
+    return parser.parse_args()
+
+
+def _await_core(arguments: argparse.Namespace) -> int | None:
+    """Prepare the process, then wait to be told its core; None when the controller is gone."""
+    _name(arguments, "spare worker")
+    faulthandler.enable()
+    pressure.prepare()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each client
+    if arguments.lock_memory:
+        _load_backends()  # their code belongs to what is locked
+        pressure.lock_memory()
+    told = sys.stdin.buffer.readline()
+    if not told:
+        return None
+    core = int(told)
+    _name(arguments, f"worker core {core}")
+    return core
+
+
+def _load_backends() -> None:
+    for name in registry.names():
+        try:
+            registry.backend(name)
+        except ReactorError as error:  # a disk of this backend will say so too
+            log.warning("%s", reason(error))
+
+
+def _name(arguments: argparse.Namespace, name: str) -> None:
+    set_up(name, arguments.log_format, arguments.log_level)
+    setproctitle(f"nbd-reactor: {name}")
+
+
+def main() -> int:
+    """Run a worker until the controller says `shutdown`."""
+    arguments = _arguments()
+    try:
+        core = _await_core(arguments)
+        if core is None:
+            return 0
+        os.sched_setaffinity(0, {core})  # before ZeroMQ makes its thread
+        lock = _lock_core(arguments.runtime_dir, core)
+        reactor = Reactor(arguments.mode)
+        worker = Worker(reactor, core, arguments.runtime_dir, arguments.instance)
+    except (OSError, ReactorError) as error:
+        log.critical("cannot start: %s", reason(error))
+        return BOOT_FAILURE
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the controller
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    reactor.add_signal(signal.SIGTERM, worker.end_if_orphaned)
+    garbage.collect_by_timer(reactor)
+    reactor.run()
+    worker.close()
+    reactor.close()
+    os.close(lock)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
