@@ -51,8 +51,8 @@ EVENTS: Final[dict[str, dict[str, type]]] = {
     "removed": {**_DISK, "reason": str},
     # A kernel connection ended; generation is the controller's number of the attachment.
     "disconnected": {"disk": str, "generation": int, "reason": str},
-    # Once a second, also the heartbeat. `reactor` and each of `disks` are maps of counters. How many
-    # other `events` came since the hello: who heard of fewer inquires.
+    # Once a second, also the heartbeat. `reactor` and each of `disks` are maps of counters.
+    # `events`: how many others came since the hello; who heard of fewer inquires.
     "statistics": {"reactor": dict, "disks": dict, "events": int},
 }
 

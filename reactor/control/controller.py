@@ -41,7 +41,7 @@ class Controller:
         self,
         options: Options,
         platform: Platform,
-        read_config: Callable[[], Sequence[DiskSpec]],
+        read_config: Callable[[], Sequence[DiskSpec] | None],
         handed: Mapping[str, Sequence[socket]],  # systemd's listening sockets
     ) -> None:
         self.started_at = time.time()
@@ -68,13 +68,15 @@ class Controller:
         )
         self._workers = self._workforce.by_core
 
-    def begin(self, saved: SavedState | None, specs: Sequence[DiskSpec]) -> None:
+    def begin(self, saved: SavedState | None, specs: Sequence[DiskSpec] | None) -> None:
         """Go on with what is `saved`, become what `specs` say, and start the workers.
 
-        Raises UsageError, and has changed nothing, when `specs` cannot be placed.
+        Without a config (None) what an earlier one asked for stays. Raises UsageError, and has
+        changed nothing, when `specs` cannot be placed.
         """
         saved = saved or SavedState()
-        before, now = saved.configured, {spec.name: spec for spec in specs}
+        before = saved.configured
+        now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
         try:
             wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
         except OSError as error:
@@ -194,6 +196,8 @@ class Controller:
             return
         try:
             specs = self._read_config()
+            if specs is None:
+                raise UsageError("the service was started without --config: nothing to reload")
             wanted = {spec.name: spec for spec in specs}
             places = place_all(specs, self._placed(), self._machine)
         except (ReactorError, OSError) as error:

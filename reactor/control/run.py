@@ -68,11 +68,11 @@ def run(options: Options) -> int:
     return controller.exit_status
 
 
-def _read_config(options: Options) -> tuple[DiskSpec, ...]:
+def _read_config(options: Options) -> tuple[DiskSpec, ...] | None:
     if options.demo:
         return demo_disks(options.runtime_dir)
     if options.config is None:
-        return ()
+        return None
     return config.load(options.config, registry.schemas(), options.cores)
 
 

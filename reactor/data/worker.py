@@ -48,7 +48,8 @@ class Worker:
         self._runtime_dir = runtime_dir
         self._disks: dict[str, ServedDisk] = {}
         self._spreads: dict[str, ClientSpread] = {}  # of the shared disks whose listeners are here
-        self._retries: dict[str, Timer] = {}  # disks whose storage is still in use
+        # Disks whose storage is still in use: the command and the next try.
+        self._retries: dict[str, tuple[int, Timer]] = {}
         self._listeners: dict[Address, list[Listener]] = {}
         self._handed: dict[str, list[socket.socket]] = {}  # systemd's sockets, by name
         self._welcomed = False
@@ -149,7 +150,9 @@ class Worker:
             self._controller = process
 
     def _start(self, message: Message) -> None:
-        self._try_to_start(START_TRIES, message)
+        command, _ = self._retries.get(message["spec"].get("name"), (0, None))
+        if command != message["id"]:  # else it was only said again
+            self._try_to_start(START_TRIES, message)
 
     def _try_to_start(self, tries: int, message: Message) -> None:
         spec = DiskSpec.from_message(message["spec"])
@@ -164,9 +167,10 @@ class Worker:
                 if tries == START_TRIES:
                     log.info("disk %s waits: %s", spec.name, reason(error))
                 again = partial(self._try_to_start, tries - 1)
-                self._retries[spec.name] = self._reactor.call_later(
+                timer = self._reactor.call_later(
                     START_RETRY_SECONDS, lambda: self._run(again, message)
                 )
+                self._retries[spec.name] = message["id"], timer
                 return
             try:
                 self._listen(served)
@@ -206,9 +210,8 @@ class Worker:
         )
 
     def _forget_retry(self, name: str) -> None:
-        retry = self._retries.pop(name, None)
-        if retry is not None:
-            retry.cancel()
+        if name in self._retries:
+            self._retries.pop(name)[1].cancel()
 
     def _stop(self, message: Message) -> None:
         name = message["disk"]

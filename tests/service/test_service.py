@@ -161,8 +161,11 @@ def test_memory_that_a_dead_service_left_is_reported_and_reused_by_its_disk(
 ) -> None:
     running = service(ram(tmp_path, "a"))
     nbdsh(tmp_path, "a", "h.pwrite(b'l' * 4096, 0)")
+    worker = running.workers()[0]
     running.process.kill()
     running.process.wait()
+    worker.kill()
+    (running.runtime_dir / "state.json").unlink()
     again = service(runtime_dir=running.runtime_dir)
     again.await_line("left data of the malloc disk a")
     again.rpc("bdev_malloc_create", name="a", num_blocks=16384, block_size=512)

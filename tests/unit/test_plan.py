@@ -21,7 +21,7 @@ def on(*cores: int, cpus: int = 4, shared: bool = True) -> Machine:
 
 
 def owners(specs: Sequence[DiskSpec], machine: Machine) -> dict[str, int]:
-    return {name: placement.core for name, placement in place_all(specs, machine).items()}
+    return {name: placement.core for name, placement in place_all(specs, [], machine).items()}
 
 
 def test_disks_spread_over_the_cores() -> None:
