@@ -96,6 +96,7 @@ class DiskSpec:
     timeout: int | None = None  # None: the attach way's default
     dead_timeout: int = 600
     attach: AttachWay = "auto"
+    uuid: str | None = None  # given by JSON-RPC; not a key of disks.yaml
 
     def with_device(self, device: str | None) -> DiskSpec:
         """Return the same disk on another device."""

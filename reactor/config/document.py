@@ -184,7 +184,7 @@ def _plain(spec: DiskSpec) -> dict[str, Any]:
     plain |= {key: _readable(key, value) for key, value in sorted(spec.options.items())}
     for field in fields(spec):
         value = getattr(spec, field.name)
-        if field.default is MISSING or value == field.default:
+        if field.default is MISSING or value == field.default or field.name == "uuid":
             continue
         plain[field.name] = [str(address) for address in value] if field.name == "listen" else value
     return plain

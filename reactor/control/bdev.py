@@ -15,6 +15,7 @@ from reactor.protocol.wire import (
     NBD_FLAG_SEND_TRIM,
     NBD_FLAG_SEND_WRITE_ZEROES,
 )
+from reactor.spec import DiskSpec
 
 #: SPDK's enumeration, in its order; what a disk can do of it is set in `_io_types`.
 _IO_TYPES: Final = (
@@ -43,7 +44,6 @@ class Bdevs:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._given: dict[str, str] = {}  # disk to the UUID that its creator chose
 
     def all(self) -> Iterator[DiskStatus]:
         """Return the disks that can be used, in the order of their creation."""
@@ -51,31 +51,16 @@ class Bdevs:
 
     def find(self, name: str) -> DiskStatus | None:
         """Return the usable disk with this name or UUID."""
-        return next((d for d in self.all() if name in (d.spec.name, self.uuid(d.spec.name))), None)
-
-    def uuid(self, name: str) -> str:
-        """Return the disk's UUID: the given one, else always the same for the same name."""
-        if name not in self._given:
-            return str(uuid.uuid5(uuid.NAMESPACE_OID, f"nbd-reactor:{name}"))
-        return self._given[name]
+        return next((disk for disk in self.all() if name in _names(disk.spec)), None)
 
     def is_taken(self, name: str) -> bool:
         """Whether a disk, in whatever state, has this name or UUID."""
-        names = [disk.spec.name for disk in self._service.disks()]
-        return any(name in (other, self.uuid(other)) for other in names)
-
-    def give(self, name: str, chosen: str | None) -> None:
-        """Remember the UUID of a new disk (None: derive it); those of lost disks are forgotten."""
-        known = {disk.spec.name for disk in self._service.disks()}
-        self._given = {other: uid for other, uid in self._given.items() if other in known}
-        self._given.pop(name, None)
-        if chosen is not None:
-            self._given[name] = chosen
+        return any(name in _names(disk.spec) for disk in self._service.disks())
 
     def describe(self, disk: DiskStatus) -> dict[str, Any]:
         """Return SPDK's bdev object."""
         spec = disk.spec
-        uid = self.uuid(spec.name)
+        uid = _uuid(spec)
         return {
             "name": spec.name,
             "aliases": [uid] if uid != spec.name else [],
@@ -90,6 +75,15 @@ class Bdevs:
             "supported_io_types": _io_types(disk.flags),
             "driver_specific": _driver_specific(disk),
         }
+
+
+def _uuid(spec: DiskSpec) -> str:
+    """Return the disk's UUID: the given one, else always the same for the same name."""
+    return spec.uuid or str(uuid.uuid5(uuid.NAMESPACE_OID, f"nbd-reactor:{spec.name}"))
+
+
+def _names(spec: DiskSpec) -> tuple[str, str]:
+    return spec.name, _uuid(spec)
 
 
 def _is_registered(disk: DiskStatus) -> bool:

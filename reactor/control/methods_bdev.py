@@ -133,8 +133,9 @@ class BdevMethods:
         if name is None:
             name = self._next_malloc()
         options = {"size": size}
-        spec = DiskSpec(name, "malloc", options, block_size=params["block_size"])
-        self._create(spec, params.get("uuid"), reply)
+        block_size, uuid = params["block_size"], params.get("uuid")
+        spec = DiskSpec(name, "malloc", options, block_size=block_size, uuid=uuid)
+        self._create(spec, reply)
 
     def _next_malloc(self) -> str:
         while True:
@@ -146,8 +147,9 @@ class BdevMethods:
     def _create_null(self, params: dict[str, Any], reply: Reply) -> None:
         """Make a disk that forgets what is written; the result is its name."""
         options = {"size": _size(params, errno.EINVAL)}
-        spec = DiskSpec(params["name"], "null", options, block_size=params["block_size"])
-        self._create(spec, params.get("uuid"), reply)
+        block_size, uuid = params["block_size"], params.get("uuid")
+        spec = DiskSpec(params["name"], "null", options, block_size=block_size, uuid=uuid)
+        self._create(spec, reply)
 
     def _create_aio(self, params: dict[str, Any], reply: Reply) -> None:
         """Make a disk of a file or block device; the result is its name."""
@@ -164,17 +166,17 @@ class BdevMethods:
             {"path": path},
             block_size=block_size,
             readonly=params.get("readonly", False),
+            uuid=params.get("uuid"),
         )
-        self._create(spec, params.get("uuid"), reply)
+        self._create(spec, reply)
 
-    def _create(self, spec: DiskSpec, uuid: str | None, reply: Reply) -> None:
+    def _create(self, spec: DiskSpec, reply: Reply) -> None:
         try:
             disk_name(spec.name)
         except ValueError as error:
             raise RpcError(-errno.EINVAL, str(error)) from error
-        if self._bdevs.is_taken(spec.name) or (uuid is not None and self._bdevs.is_taken(uuid)):
+        if any(self._bdevs.is_taken(name) for name in (spec.name, spec.uuid) if name is not None):
             raise failure(errno.EEXIST)
-        self._bdevs.give(spec.name, uuid)
         self._service.create(spec, done(reply, spec.name))
 
     def _delete(self, backend: str) -> Callable[[dict[str, Any], Reply], None]:

@@ -1,0 +1,162 @@
+"""What a controller keeps for the next one, and what that one makes of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from reactor.control.plan import Machine, Placement
+from reactor.control.saved import (
+    SavedState,
+    Wish,
+    decode,
+    reconfigured,
+    wishes_at_start,
+)
+from reactor.control.statefile import replace_file
+from reactor.errors import ReactorError
+from reactor.spec import Address, DiskSpec
+
+MACHINE = Machine((0, 1), 2, lambda backend: True)
+RAM = DiskSpec("ram", "malloc", {"size": 1 << 20}, uuid="6c55a2ac-b0a4-4d3e-bdf5-9d9c2f1a8a51")
+FILE = DiskSpec(
+    "file",
+    "file",
+    {"path": "/srv/a", "direct": True},
+    device="/dev/nbd1",
+    listen=(Address("unix", "/run/a.sock"), Address("tcp", "::1", 10809)),
+    core=1,
+    connections=2,
+)
+
+
+def wish(spec: DiskSpec, core: int = 0) -> Wish:
+    return Wish(spec, Placement(core, (core,) * spec.connections))
+
+
+def at_start(
+    saved: SavedState, *now: DiskSpec, serving: tuple[int, ...] = (), machine: Machine = MACHINE
+) -> list[Wish]:
+    return wishes_at_start(saved, {spec.name: spec for spec in now}, serving, machine)
+
+
+def test_what_was_saved_is_read() -> None:
+    gone = Wish(FILE, Placement(1, (0, 1)), "gone", hot=True)
+    state = SavedState((wish(RAM), gone), {"file": replace(FILE, core=None)}, {"file": FILE})
+    assert decode(state.encode("abc"), "abc") == state
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda data: data[:-20], "torn"),
+        (lambda data: data.replace(b"1048576", b"1048577"), "torn"),
+        (lambda _: b"", "torn"),
+        (lambda _: b"\0" * 100, "torn"),
+    ],
+)
+def test_a_damaged_state_is_refused(change, problem: str) -> None:
+    data = change(SavedState((wish(RAM),)).encode("abc"))
+    with pytest.raises(ReactorError, match=problem):
+        decode(data, "abc")
+
+
+def test_the_state_of_another_service_is_refused() -> None:
+    with pytest.raises(ReactorError, match="another service, abc"):
+        decode(SavedState((wish(RAM),)).encode("abc"), "abd")
+
+
+def test_a_state_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reactor.control.saved.VERSION", 2)
+    data = SavedState().encode("abc")
+    monkeypatch.undo()
+    with pytest.raises(ReactorError, match="version 2, not 1"):
+        decode(data, "abc")
+
+
+def test_a_full_file_system_leaves_the_old_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state"
+    replace_file(path, b"old")
+
+    def full(_fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_first_start_has_the_disks_of_the_config() -> None:
+    found = at_start(SavedState(), RAM, FILE)
+    assert [(w.spec, w.placement.core, w.desired) for w in found] == [
+        (RAM, 0, "online"),
+        (FILE, 1, "online"),
+    ]
+
+
+def test_what_was_made_at_run_time_comes_back() -> None:
+    saved = SavedState((wish(RAM, 1),), {}, {})
+    assert at_start(saved) == [wish(RAM, 1)]
+
+
+def test_what_was_removed_at_run_time_stays_away_until_its_config_changes() -> None:
+    saved = SavedState((), {}, {"ram": RAM})
+    assert at_start(saved, RAM) == []
+    (found,) = at_start(saved, replace(RAM, readonly=True))
+    assert found.spec.readonly
+
+
+def test_a_changed_config_counts_for_a_disk_that_nobody_serves() -> None:
+    saved = SavedState((wish(RAM),), {}, {"ram": RAM})
+    changed = replace(RAM, listen=FILE.listen)
+    assert at_start(saved, changed) == [wish(changed)]
+    assert at_start(saved, changed, serving=(0,)) == [wish(RAM)], "a worker still has it so"
+
+
+def test_a_disk_that_goes_is_not_changed() -> None:
+    going = Wish(RAM, Placement(0, (0,)), "gone", hot=True)
+    saved = SavedState((going,), {}, {"ram": RAM})
+    assert at_start(saved, replace(RAM, readonly=True)) == [going]
+
+
+def test_a_disk_of_a_core_that_is_gone_moves() -> None:
+    pinned = replace(RAM, core=7)
+    (found,) = at_start(SavedState((Wish(pinned, Placement(7, (7,))),)))
+    assert found.placement.core in MACHINE.cores
+    assert found.spec == RAM
+
+
+def test_another_number_of_connections_is_another_place() -> None:
+    wide = replace(RAM, connections=2)
+    saved = SavedState((wish(RAM),), {}, {"ram": RAM})
+    (found,) = at_start(saved, wide)
+    assert found.placement == Placement(0, (0, 1))
+
+
+def test_contradictions_are_told() -> None:
+    address = Address("unix", "/run/x.sock")
+    disks = [DiskSpec(name, "null", {"size": 512}, listen=(address,), core=core)
+             for name, core in (("a", 0), ("b", 1))]  # fmt: skip
+    with pytest.raises(OSError, match="is served by core"):
+        at_start(SavedState(), *disks)
+
+
+@pytest.mark.parametrize(("run_time", "config", "size"), [(2, 1, 2), (2, 3, 3), (1, 2, 2)])
+def test_no_config_cuts_a_disk(run_time: int, config: int, size: int) -> None:
+    running = RAM.with_size(run_time << 20)
+    now = reconfigured(running, RAM, replace(RAM.with_size(config << 20), readonly=True))
+    assert now == replace(RAM, readonly=True).with_size(size << 20)
+
+
+def test_a_device_given_at_run_time_stays_unless_the_config_names_another() -> None:
+    running = RAM.with_device("/dev/nbd3")
+    assert reconfigured(running, RAM, replace(RAM, readonly=True)).device == "/dev/nbd3"
+    assert reconfigured(running, RAM, RAM.with_device("/dev/nbd4")).device == "/dev/nbd4"
