@@ -198,7 +198,7 @@ def test_documents_that_are_named_exist() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md", "deploy/failure-model.md"])
 def test_links_to_files_lead_somewhere(path: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / path).read_text())
     assert not [link for link in links if not (ROOT / link).exists()]
