@@ -20,6 +20,10 @@ from reactor.messages import Message, encode
 from reactor.options import Options
 
 SOCKET_BUFFER: Final = 4 << 20  # bytes each way between kernel and worker
+# The driver sends with the kernel's whole reserve of memory (memalloc_noreclaim_save in sock_xmit):
+# what a worker has not read yet would use it up, 4 MiB on a host of 1 GiB. With none left the
+# driver drops the connection (ENOBUFS), and nothing can be written out to free more.
+SOCKET_BUFFER_OF_SWAP: Final = 64 << 10
 SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h; Python does not name it
 
 Result = TypeVar("Result")
@@ -35,6 +39,7 @@ class Linux:
         self.cpus = os.cpu_count() or 1
         self._runtime = runtime
         self._launcher = Launcher(options, runtime.instance)
+        self._socket_buffer = SOCKET_BUFFER_OF_SWAP if options.lock_memory else SOCKET_BUFFER
 
     def close(self) -> None:
         """End the spare process."""
@@ -81,9 +86,9 @@ class Linux:
         for end in pair:
             # What may be on its way is the sender's affair: a unix socket's SO_RCVBUF does nothing.
             try:
-                end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SOCKET_BUFFER)
+                end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self._socket_buffer)
             except PermissionError:  # without CAP_NET_ADMIN the host's maximum holds
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._socket_buffer)
         return pair
 
     attach = staticmethod(device.attach)

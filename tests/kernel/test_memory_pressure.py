@@ -1,4 +1,4 @@
-"""A host without free memory goes on."""
+"""A host without free memory goes on, also one that swaps to a device of ours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import filecmp
 import mmap
 import os
 import re
+import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +25,10 @@ GIB = 1 << 30
 MIB = 1 << 20
 MAP_LOCKED = 0x2000  # include/uapi/asm-generic/mman.h
 FREE = 100 * MIB  # what the tests leave of a machine's memory
+FREE_FOR_SWAP = 60 * MIB
+SWAPPED_PAGES = 2000  # so many, and the swapping is well under way
+WRITTEN = 16 * MIB
+BEGUN_MAX = 3  # of 128 KiB each; with 4 MiB of socket buffer they are 54
 
 pytestmark = [
     pytest.mark.kernel,
@@ -39,13 +47,56 @@ def disk(*, direct: bool) -> str:
 
 
 @contextmanager
-def little_memory() -> Iterator[None]:
-    """Lock all but `FREE` of the machine's memory."""
+def little_memory(free: int = FREE) -> Iterator[None]:
+    """Lock all but `free` bytes of the machine's memory."""
     run("sysctl", "-q", "vm.drop_caches=3")
-    size = (psutil.virtual_memory().available - FREE) & -mmap.PAGESIZE
+    size = (psutil.virtual_memory().available - free) & -mmap.PAGESIZE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE | MAP_LOCKED
     with mmap.mmap(-1, size, flags=flags):
         yield
+
+
+@contextmanager
+def swap(device: str) -> Iterator[None]:
+    run("mkswap", device)
+    run("swapon", device)
+    try:
+        yield
+    finally:
+        run("swapoff", device)
+
+
+@contextmanager
+def memory_hog(mebibytes: int) -> Iterator[subprocess.Popen[bytes]]:
+    script = Path(__file__).with_name("memory_hog.py")
+    hog = subprocess.Popen(
+        [sys.executable, str(script), str(mebibytes)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        yield hog
+    finally:
+        hog.kill()
+        hog.communicate()
+
+
+def pages(name: str) -> int:
+    """Return a number of /proc/vmstat."""
+    found = re.search(rf"^{name} (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+def writes_begun(device: str) -> int:
+    """Return how many writes the driver has begun to send, when it cannot go on."""
+    path = Path(f"/sys/block/{device}/inflight")
+    before, now = "", path.read_text()
+    while before != now or now.split()[1] == "0":
+        time.sleep(0.5)
+        before, now = now, path.read_text()
+    return int(now.split()[1])
 
 
 def of(pid: int, field: str) -> str:
@@ -58,6 +109,40 @@ def spares(running: RunningService) -> list[int]:
     children = psutil.Process(running.process.pid).children()
     titles = {child.pid: " ".join(child.cmdline()) for child in children}
     return [pid for pid, title in titles.items() if title.startswith("nbd-reactor: spare")]
+
+
+def test_swap_on_a_device(service: Start) -> None:
+    running = service(disk(direct=True), "--lock-memory")
+    running.await_true(lambda: bool(spares(running)))
+    hog_size = FREE_FOR_SWAP // MIB + 30
+    with swap("/dev/nbd0"), little_memory(FREE_FOR_SWAP), memory_hog(hog_size) as hog:
+        before = pages("pswpout")
+        running.await_true(lambda: pages("pswpout") - before > SWAPPED_PAGES)
+        output, _ = hog.communicate(timeout=120)
+        assert hog.returncode == 0, output.decode()
+    assert running.rpc("reactor_get_workers")[0]["restarts"] == 0
+    assert "lost a connection" not in running.log
+    assert of(running.workers()[0].pid, "VmSwap") == "0 kB"
+    assert of(running.process.pid, "VmSwap") == "0 kB"
+
+
+def test_a_worker_that_does_not_read_leaves_the_kernel_its_reserve(service: Start) -> None:
+    running = service(
+        "disks: {d: {backend: 'null', size: 64MiB, device: /dev/nbd0}}", "--lock-memory"
+    )
+    (worker,) = running.workers().values()
+    fd = os.open("/dev/nbd0", os.O_WRONLY | os.O_DIRECT)
+    with mmap.mmap(-1, WRITTEN, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE) as data:
+        thread = threading.Thread(target=os.pwrite, args=(fd, data, 0))
+        worker.send_signal(signal.SIGSTOP)
+        try:
+            thread.start()
+            begun = writes_begun("nbd0")
+        finally:
+            worker.send_signal(signal.SIGCONT)
+        thread.join()
+    os.close(fd)
+    assert begun <= BEGUN_MAX
 
 
 @pytest.mark.parametrize("direct", [True, False])
