@@ -1,16 +1,27 @@
-"""Logging set-up: one line an event, as text or JSON, on standard error."""
+"""Logging set-up: one line an event, as text or JSON, on standard error.
+
+A thread writes it: whoever reads the log, or stores it, may stand still (a terminal after Ctrl-S, a
+file that was swapped out to a disk of ours), and must not keep the service from going on.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import logging
+import queue
+import signal
 import sys
+import threading
 import time
 from typing import Final, Literal, TypeAlias
 
 LogFormat: TypeAlias = Literal["text", "json"]
 FORMATS: Final[tuple[LogFormat, ...]] = ("text", "json")
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+LINES_MAX: Final = 10_000  # that wait to be written; more are lost
+END_SECONDS: Final = 2.0  # for what waits when the process ends
 
 
 def logger(module: str) -> logging.Logger:
@@ -42,8 +53,54 @@ class _Json(logging.Formatter):
         return json.dumps(line)
 
 
+class _Writer(logging.Handler):
+    """Hands each line to the thread that writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[str | None] = queue.Queue(LINES_MAX)
+        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+        # Signals are for the main thread: there they may be blocked.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._thread.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        atexit.register(self._end)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(self.format(record))
+
+    def write(self, line: str) -> None:
+        """Write a line, or lose it when too many wait."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(line + "\n")
+
+    def _write_all(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                sys.stderr.write(line)
+                sys.stderr.flush()
+
+    def _end(self) -> None:
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+            self._thread.join(END_SECONDS)
+
+
 def set_up(process: str, log_format: LogFormat, level: str) -> None:
     """Send this process's log to standard error; `process` names it on every line."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json(process) if log_format == "json" else _Text(process))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    root = logging.getLogger()
+    writer = _writer() or _Writer()
+    writer.setFormatter(_Json(process) if log_format == "json" else _Text(process))
+    root.handlers[:] = [writer]
+    root.setLevel(level.upper())
+
+
+def tell(line: str) -> None:
+    """Tell the operator on standard error, whatever the log level is."""
+    writer = _writer()
+    if writer is not None:
+        writer.write(line)
+
+
+def _writer() -> _Writer | None:
+    return next((h for h in logging.getLogger().handlers if isinstance(h, _Writer)), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from socket import socket
@@ -20,7 +19,7 @@ from reactor.control.service import DiskStatus, Done, WorkerStatus
 from reactor.control.workers import WorkerProcess, counters
 from reactor.control.workforce import Workforce
 from reactor.errors import ReactorError, UsageError, reason
-from reactor.log import logger
+from reactor.log import logger, tell
 from reactor.messages import Message
 from reactor.options import Options
 from reactor.spec import DiskSpec
@@ -328,7 +327,7 @@ class Controller:
         self._ready = True
         failed = [disk.spec.name for disk in self._disks.values() if disk.state != "online"]
         if failed and self._options.strict:
-            _tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")
+            tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")
             self.exit_status = 1
             self.shut_down()
             return
@@ -337,7 +336,7 @@ class Controller:
         if failed:
             line += f"; failed: {', '.join(failed)}"
         notify(f"READY=1\nSTATUS={line}")
-        _tell(line)
+        tell(line)
         if self._options.demo:
             self._tell_demo()
 
@@ -345,7 +344,7 @@ class Controller:
         for disk in self._disks.values():
             addresses = [str(address) for address in disk.spec.listen]
             where = " and ".join([disk.path, *addresses] if disk.path else addresses)
-            _tell(f"disk {disk.spec.name}: {where}")
+            tell(f"disk {disk.spec.name}: {where}")
 
     def _tick(self) -> None:
         self.reactor.call_later(TICK_SECONDS, self._tick)
@@ -452,9 +451,3 @@ class Controller:
                 worker.hand_over("listener", socks, name=name)
             except OSError as error:
                 log.error("socket %s of systemd is not handed over: %s", name, reason(error))
-
-
-def _tell(line: str) -> None:
-    """Tell the operator on standard error, whatever the log level is."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

@@ -87,7 +87,8 @@ def main() -> int:
         core = _await_core(arguments)
         if core is None:
             return 0
-        os.sched_setaffinity(0, {core})  # before ZeroMQ makes its thread
+        for thread in Path("/proc/self/task").iterdir():  # ZeroMQ's will be where its maker is
+            os.sched_setaffinity(int(thread.name), {core})
         lock = _lock_core(arguments.runtime_dir, core)
         reactor = Reactor(arguments.mode)
         worker = Worker(reactor, core, arguments.runtime_dir, arguments.instance)
