@@ -69,6 +69,7 @@ class Connection:
 
     `on_closed(connection, reason)` is called once, from the loop, when the socket is closed and
     nothing is in flight in the channel any more. `trailing` is what came behind the handshake.
+    `resends`: a peer that has hung up sends elsewhere what it has no answer to, as the kernel does.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Connection:
         on_closed: Callable[[Connection, str], None],
         *,
         trailing: bytes = b"",
+        resends: bool = False,
     ) -> None:
         self.counters = Counters()
         self.flush_due = False
@@ -88,6 +90,7 @@ class Connection:
         self._export = export
         self._channel = channel
         self._on_closed = on_closed
+        self._resends = resends
         self._outgoing = Outgoing()
         self._receiver = Receiver(export)
         self._shortcut: MemoryShortcut | None = None
@@ -178,6 +181,10 @@ class Connection:
 
     def _on_ready(self, events: int) -> bool:
         try:
+            if events & HANGUP and self._resends:
+                # What is still in the socket may be done already, and what was written then, lost.
+                self.close("the kernel is gone")
+                return True
             if events & WRITABLE:
                 self._blocked = False
                 self._reactor.mark_flush(self)

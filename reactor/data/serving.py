@@ -130,7 +130,9 @@ class ServedDisk:
         if leash is not None:
             leash.send(b"\1")
         connection = Connection(
-            self._reactor, sock, self.export, self._channel, self._closed, trailing=trailing
+            *(self._reactor, sock, self.export, self._channel, self._closed),
+            trailing=trailing,
+            resends=generation != 0,
         )
         self._generations[connection] = generation
         if generation:

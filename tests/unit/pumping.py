@@ -101,6 +101,7 @@ class Pump:
         disk: Disk | None = None,
         trailing: bytes = b"",
         send_buffer: int | None = None,
+        resends: bool = False,
     ) -> None:
         self.reactor = Reactor("poll")
         self.export = export or make_export(size=disk.size if disk else 1 << 20)
@@ -113,7 +114,9 @@ class Pump:
             served.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.served = served
         self.connection = Connection(
-            self.reactor, served, self.export, self.channel, self._on_closed, trailing=trailing
+            *(self.reactor, served, self.export, self.channel, self._on_closed),
+            trailing=trailing,
+            resends=resends,
         )
 
     def __enter__(self) -> Self:

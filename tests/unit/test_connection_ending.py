@@ -45,6 +45,22 @@ def test_the_end_of_the_stream_finishes_what_is_in_flight() -> None:
         assert pump.drain_client() == reply(1, data=pattern(0, 512))
 
 
+@pytest.mark.parametrize("resends", [False, True])
+def test_what_a_peer_that_hung_up_left_is_done_only_if_it_does_not_send_it_again(
+    resends: bool,
+) -> None:
+    """By the time that a worker wakes up, the kernel may have written something newer elsewhere."""
+    held = HeldChannel(null_disk())
+    with Pump(held, resends=resends) as pump:
+        pump.client.send(request(WRITE, payload=bytes(512)))
+        pump.client.close()
+        pump.turns()
+        assert len(held.submitted) == (0 if resends else 1)
+        for _ in list(held.pending):
+            held.finish()
+        pump.until(lambda: pump.closed)
+
+
 def test_a_peer_that_closes_in_the_middle_of_a_payload_is_told_apart() -> None:
     with Pump() as pump:
         pump.send(request(WRITE, payload=bytes(4096))[:1000])
