@@ -41,7 +41,7 @@ class Launcher:
             spare = self._start()
         assert spare.stdin is not None
         with contextlib.suppress(BrokenPipeError), spare.stdin:  # its end will be noticed as such
-            spare.stdin.write(f"{core}\n".encode())
+            spare.stdin.write(f"{core} {os.getpid()}\n".encode())
         return spare
 
     def keep_spare(self) -> None:

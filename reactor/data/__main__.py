@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,9 @@ from reactor.loop import MODES, Reactor
 from reactor.messages import start_line
 
 BOOT_FAILURE: Final = 3  # exit status: starting again will not help
+# For a moment the core's lock may be that of a worker whose controller died while it started.
+LOCK_SECONDS: Final = 1.0
+LOCK_PAUSE_SECONDS: Final = 0.02
 
 log = logger(__name__)
 
@@ -32,7 +36,15 @@ def _lock_core(runtime_dir: Path, core: int) -> int:
     """Take the core's lock for this process's life; the next controller reads there who we are."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(runtime_dir / f"worker-{core}.lock", flags, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOCK_PAUSE_SECONDS)
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n{start_line(sys.argv[1:])}\n".encode(), 0)
     return fd
@@ -49,8 +61,11 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _await_core(arguments: argparse.Namespace) -> int | None:
-    """Prepare the process, then wait to be told its core; None when the controller is gone."""
+def _await_core(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """Prepare the process, then wait to be told its core and by whom (a pid).
+
+    None when the controller is gone.
+    """
     _name(arguments, "spare worker")
     faulthandler.enable()
     pressure.prepare()
@@ -62,9 +77,9 @@ def _await_core(arguments: argparse.Namespace) -> int | None:
     told = sys.stdin.buffer.readline()
     if not told:
         return None
-    core = int(told)
+    core, controller = map(int, told.split())
     _name(arguments, f"worker core {core}")
-    return core
+    return core, controller
 
 
 def _load_backends() -> None:
@@ -84,12 +99,16 @@ def main() -> int:
     """Run a worker until the controller says `shutdown`."""
     arguments = _arguments()
     try:
-        core = _await_core(arguments)
-        if core is None:
+        told = _await_core(arguments)
+        if told is None:
             return 0
+        core, controller = told
         for thread in Path("/proc/self/task").iterdir():  # ZeroMQ's will be where its maker is
             os.sched_setaffinity(int(thread.name), {core})
         lock = _lock_core(arguments.runtime_dir, core)
+        # The next controller knows the workers that it finds locked when it starts, no others.
+        if os.getppid() != controller:
+            return 0
         reactor = Reactor(arguments.mode)
         worker = Worker(reactor, core, arguments.runtime_dir, arguments.instance)
     except (OSError, ReactorError) as error:
