@@ -50,12 +50,15 @@ def adopt(tag: str, *, patient: bool = False) -> Device | None:
     `patient`: it has one connection and no timeout; who attached it may have died before the kernel
     was told what that means.
     """
-    for index in sysfs.indexes():
-        if sysfs.pid(index) is not None and sysfs.backend(index) == tag:
-            if patient:
-                netlink.set_io_timeout(index)
-            return netlink.NetlinkDevice(index, tag)
-    return None
+    found = [i for i in sysfs.indexes() if sysfs.pid(i) is not None and sysfs.backend(i) == tag]
+    devices = [netlink.NetlinkDevice(index, tag) for index in found]
+    if len(devices) > 1:  # those that are disconnected and still open stay until they are closed
+        devices = [device for device in devices if device.is_configured()] or devices
+    if not devices:
+        return None
+    if patient:
+        netlink.set_io_timeout(devices[0].index)
+    return devices[0]
 
 
 def held(prefix: str) -> list[str]:

@@ -145,6 +145,14 @@ class NetlinkDevice(Device):
         if self._owner is not None:
             self._owner.close()
 
+    def is_configured(self) -> bool:
+        """Whether the kernel would change anything of it: not when it was disconnected."""
+        try:
+            self._reconfigure("is disconnected")
+        except DeviceError:
+            return False
+        return True
+
     def _reconfigure(self, failed: str, *attributes: bytes) -> None:
         self._check_ours()
         # The kernel itself compares the tag here: nobody else's device can be meant.

@@ -363,6 +363,20 @@ def test_a_device_that_is_still_open_is_named_with_its_user(
     attached(device.path).probe()
 
 
+def test_what_is_disconnected_and_still_open_is_not_adopted_in_place_of_what_serves(
+    attached: Attach,
+) -> None:
+    left = attached()
+    with Path(left.path).open("rb"):
+        with pytest.raises(DeviceError, match="stays in use"):
+            left.detach()
+        device = attached()
+        found = adopt(TAG)
+        assert found is not None
+        assert found.path == device.path != left.path
+        found.probe()
+
+
 def test_a_failing_disk_is_found_by_the_probe(server: Server, attached: Attach) -> None:
     device = attached()
 
