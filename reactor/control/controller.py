@@ -142,9 +142,7 @@ class Controller:
     def start(self, name: str, done: Done) -> None:
         """Bring up a disk that is down."""
         disk = self._named(name, done)
-        if disk is not None and self._stopping:
-            done(OSError(errno.ESHUTDOWN, "the service is stopping"))
-        elif disk is not None:
+        if disk is not None:
             for core in disk.placement.cores:
                 self._workers[core].revive()
             disk.want("online", done)
@@ -152,7 +150,9 @@ class Controller:
     def stop(self, name: str, done: Done) -> None:
         """Drain and stop a disk; it stays known."""
         disk = self._named(name, done)
-        if disk is not None:
+        if disk is not None and name in self._successors:
+            done(OSError(errno.EBUSY, f"disk {name} is being replaced by its new config"))
+        elif disk is not None:
             disk.want("stopped", done)
 
     def remove(self, name: str, done: Done) -> None:
@@ -396,9 +396,9 @@ class Controller:
         if spec.device is not None:
             # With one connection and no timeout a request may take any time.
             patient = spec.connections == 1 and not spec.timeout
-            left = self._platform.adopt(self._host.tag(spec.name), patient=patient)
-            if left is not None:
-                disk.adopt(left)
+            device = self._platform.adopt(self._host.tag(spec.name), patient=patient)
+            if device is not None:
+                disk.adopt(device)
         return disk
 
     def _save(self) -> None:
@@ -443,6 +443,9 @@ class Controller:
         disk = self._disks.get(name)
         if disk is None:
             done(OSError(errno.ENODEV, f"there is no disk {name}"))
+        elif self._stopping:  # what it was comes back with the next start; no answer may hide that
+            done(OSError(errno.ESHUTDOWN, "the service is stopping"))
+            return None
         return disk
 
     def _hand_listeners(self, worker: WorkerProcess) -> None:

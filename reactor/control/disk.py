@@ -72,6 +72,7 @@ class DiskControl:
         self.failure: Exception | None = None
         self.settled = False
         self._host = host
+        self._former = [workers[core] for core in wish.former if core in workers]
         self._hot = wish.hot
         self._saved = wish  # when it was last kept
         if wish.hot and wish.desired == "online":
@@ -170,7 +171,8 @@ class DiskControl:
     @property
     def wish(self) -> Wish:
         """What it should be."""
-        return Wish(self.spec, self.placement, self.desired, self._hot)
+        former = tuple(worker.core for worker in self._former if worker.unknown)
+        return Wish(self.spec, self.placement, self.desired, self._hot, former)
 
     @property
     def path(self) -> str | None:
@@ -286,8 +288,10 @@ class DiskControl:
 
     def step(self) -> None:
         """Do the next thing, if nothing is awaited."""
+        if self.desired == "gone" and self.settled:
+            return  # what has its name and its memory now is another disk
         self._save()
-        if self._shares.unknown:
+        if self._shares.unknown or any(worker.unknown for worker in self._former):
             return
         if self._errand.busy():
             if self._rising():
@@ -328,7 +332,7 @@ class DiskControl:
                 return
         if device is None:
             if self.spec.device and not shares.closed and self._host.may_attach(self):
-                link.attach(self.spec, self._host.tag(self.spec.name), shares.geometry)
+                link.attach(self.spec, self._host.tag(self.spec.name), shares.common_geometry)
         elif astray:
             self._let_go(device)
             return

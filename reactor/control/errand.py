@@ -141,7 +141,10 @@ class Errand:
     def worker_lost(self, worker: WorkerProcess) -> None:
         """Await nothing that only `worker` could give."""
         self.excuse(worker)
+        self.connections_lost()
+
+    def connections_lost(self) -> None:
+        """Await no I/O that only a new connection could bring, as that waits for this errand."""
         if self._call is not None and self._call_needs_worker:
-            # It waits for I/O that only the next worker can answer, which waits for this call.
             self._call.abandon()
             self._call = None

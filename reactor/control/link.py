@@ -27,7 +27,11 @@ RETRY_SECONDS: Final = 0.05
 TRIES_MAX: Final = 200
 TRIES_PER_COUNT: Final = 10
 HANDOVER_TRIES: Final = 200
+PROBES_MAX: Final = 5
 STEADY_SECONDS: Final = 10.0  # a connection that lasted so long was a good one
+
+#: How a device answers that another controller had begun to detach.
+GONE: Final = (errno.ENODEV, errno.EBUSY)
 
 log = logger(__name__)
 
@@ -79,7 +83,9 @@ class DeviceLink:
         self._slots: list[Slot] = []  # in the kernel's order
         self._generation = 0
         self._detaching = False
+        self._adopted = False  # an earlier controller attached it, with so many sockets as it knew
         self._tries = 0
+        self._failed_probes = 0
         self._linked_ns = 0
 
     @property
@@ -104,7 +110,7 @@ class DeviceLink:
 
     def forgive(self) -> None:
         """Begin to count failures anew."""
-        self._tries = 0
+        self._tries = self._failed_probes = 0
 
     def stay(self) -> None:
         """Note that the device stays: what was written back is not all that will be."""
@@ -126,10 +132,13 @@ class DeviceLink:
                     "device %s lost a connection to core %d", self.path, slot.share.worker.core
                 )
                 self._lose(slot)
+        if not self.usable:
+            self._errand.connections_lost()
 
     def adopt(self, device: Device, spec: DiskSpec) -> None:
         """Take over a device that the kernel still holds; it carried I/O before."""
         self.device = device
+        self._adopted = True
         self.probed = True
         self.fitted = False
         self._disk = spec.name
@@ -152,8 +161,11 @@ class DeviceLink:
         wanted = spec.device
         assert wanted is not None
         slots = self._new_slots()
-        kernel_ends, deliveries = self._socket_pairs(slots)
         self._disk = spec.name
+        pairs = self._socket_pairs(slots)
+        if pairs is None:
+            return
+        kernel_ends, deliveries = pairs
 
         def attach_it() -> Device:
             return self._platform.attach(
@@ -175,6 +187,7 @@ class DeviceLink:
                 self._on_failed(error)
                 return
             self.device = device
+            self._adopted = False
             self.probed = self.flushed = False
             self.fitted = True
             self._slots = slots
@@ -215,7 +228,10 @@ class DeviceLink:
         for slot, place in zip(lost, sorted((s.place for s in lost), key=self._order), strict=True):
             slot.place = place
         mended = [slot for slot in lost if self._server(slot.place).opened]
-        kernel_ends, deliveries = self._socket_pairs(mended)
+        pairs = self._socket_pairs(mended)
+        if pairs is None:
+            return
+        kernel_ends, deliveries = pairs
         worker_ends = [delivery.end for delivery in deliveries]
 
         def reconnected(_: None, error: Exception | None) -> None:
@@ -225,9 +241,14 @@ class DeviceLink:
                 return
             _drop(deliveries)
             if isinstance(error, DeviceError) and error.errno == errno.EAGAIN:
-                # Either the kernel has not noticed yet, or it has fewer sockets than we offer.
-                if len(mended) > 1 and self._tries % TRIES_PER_COUNT == 0:
+                # Either the kernel has not noticed yet, or it has fewer sockets than we think.
+                unsure = self._adopted and len(self._slots) > 1
+                if unsure and self._tries % TRIES_PER_COUNT == 0:
                     self._slots.remove(mended[-1])
+                self._errand.pause(RETRY_SECONDS)
+            elif self._adopted and isinstance(error, DeviceError) and error.errno in GONE:
+                log.warning("disk %s: another device is attached: %s", self._disk, reason(error))
+                self.device = None
                 self._errand.pause(RETRY_SECONDS)
             else:
                 self._on_failed(error)
@@ -243,10 +264,19 @@ class DeviceLink:
         """Read from the device: only then is it known to work."""
 
         def probed(_: None, error: Exception | None) -> None:
-            if error is not None:
-                self._on_failed(error)
-            else:
+            if error is None:
                 self.probed = True
+                self._failed_probes = 0
+                return
+            self._failed_probes += 1
+            if device.can_reconnect or self._failed_probes >= PROBES_MAX:
+                self._on_failed(error)
+                return
+            # By ioctl that is also how a worker's death shows first.
+            log.warning("disk %s: %s is attached anew: %s", self._disk, device.path, reason(error))
+            for slot in self._slots:
+                slot.share = None
+            self._errand.pause(RETRY_SECONDS)
 
         self._errand.call(
             f"reading {device.path}", PROBE_SECONDS, device.probe, probed, needs_worker=True
@@ -402,14 +432,32 @@ class DeviceLink:
     def _order(self, place: int) -> tuple[bool, int]:
         return not self._server(place).opened, place
 
-    def _socket_pairs(self, slots: Sequence[Slot]) -> tuple[list[socket.socket], list[Delivery]]:
-        """Return the kernel's end for each slot, and the worker's end on its way to its worker."""
-        kernel_ends, deliveries = [], []
-        for slot in slots:
-            kernel_end, worker_end = self._platform.socket_pair()
-            share = self._server(slot.place)
-            kernel_ends.append(kernel_end)
-            deliveries.append(Delivery(slot, share, share.worker.pid, worker_end))
+    def _socket_pairs(
+        self, slots: Sequence[Slot]
+    ) -> tuple[list[socket.socket], list[Delivery]] | None:
+        """Return the kernel's end for each slot, and the worker's end on its way to its worker.
+
+        None: there are no sockets to be had now. That is tried again later, or was too often.
+        """
+        kernel_ends: list[socket.socket] = []
+        deliveries: list[Delivery] = []
+        try:
+            for slot in slots:
+                kernel_end, worker_end = self._platform.socket_pair()
+                share = self._server(slot.place)
+                kernel_ends.append(kernel_end)
+                deliveries.append(Delivery(slot, share, share.worker.pid, worker_end))
+        except OSError as error:
+            for end in kernel_ends:
+                end.close()
+            _drop(deliveries)
+            log.warning("disk %s: no socket for a device: %s", self._disk, reason(error))
+            self._tries += 1
+            if self._tries > TRIES_MAX:
+                self._on_failed(error)
+            else:
+                self._errand.pause(RETRY_SECONDS)
+            return None
         return kernel_ends, deliveries
 
     def _detach_late(self, device: Device) -> None:

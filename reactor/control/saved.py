@@ -26,6 +26,7 @@ class Wish:
     placement: Placement
     desired: Desired = "online"
     hot: bool = False  # removed, not stopped: what is written back would fail anyway
+    former: tuple[int, ...] = ()  # other cores, of whose workers one may still have it open
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class SavedState:
                     "connections": list(wish.placement.connections),
                     "desired": wish.desired,
                     "hot": wish.hot,
+                    "former": list(wish.former),
                 }
                 for wish in self.wishes
             ],
@@ -82,7 +84,8 @@ def _by_name(plain: Sequence[Mapping[str, Any]]) -> dict[str, DiskSpec]:
 
 def _wish(plain: Mapping[str, Any]) -> Wish:
     placement = Placement(plain["core"], tuple(plain["connections"]))
-    return Wish(DiskSpec.from_message(plain["spec"]), placement, plain["desired"], plain["hot"])
+    spec, former = DiskSpec.from_message(plain["spec"]), tuple(plain["former"])
+    return Wish(spec, placement, plain["desired"], plain["hot"], former)
 
 
 def reconfigured(running: DiskSpec, before: DiskSpec | None, now: DiskSpec) -> DiskSpec:
@@ -117,7 +120,7 @@ def wishes_at_start(
     stay = [(wish.spec, wish.placement) for wish in wishes if _fits(wish, machine)]
     places = place_all([*(wish.spec for wish in wishes), *new], stay, machine)
     return [
-        *(replace(wish, placement=places[wish.spec.name]) for wish in wishes),
+        *(_moved(wish, places[wish.spec.name]) for wish in wishes),
         *(Wish(spec, places[spec.name]) for spec in new),
     ]
 
@@ -136,6 +139,11 @@ def _renewed(
     if was.core not in (None, *machine.cores):
         was = replace(was, core=None)
     return replace(wish, spec=was)
+
+
+def _moved(wish: Wish, placement: Placement) -> Wish:
+    former = {*wish.former, *wish.placement.cores} - {*placement.cores}
+    return replace(wish, placement=placement, former=tuple(sorted(former)))
 
 
 def _fits(wish: Wish, machine: Machine) -> bool:

@@ -112,6 +112,11 @@ class Shares:
         ]
 
     @property
+    def common_geometry(self) -> Geometry:
+        """The geometry with no more blocks than everyone has, should a resize be half done."""
+        return replace(self.geometry, size=min(share.size for share in self.opened))
+
+    @property
     def refusing(self) -> bool:
         """Whether some worker refuses I/O."""
         return any(share.refusing for share in self._all)
