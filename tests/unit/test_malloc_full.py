@@ -19,6 +19,15 @@ from reactor.loop import Reactor
 from tests.unit.pumping import Pump
 from tests.unit.test_malloc import Access, serving
 
+def take_the_rest():
+    with open("/dev/shm/other", "wb", buffering=0) as other:
+        try:
+            while True:
+                other.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+
+
 reactor = Reactor("poll")
 disk = BACKEND.create(
     "disk", {"size": 64 << 20}, instance="full", reactor=reactor, block_size=512, readonly=False,
@@ -69,18 +78,12 @@ def test_memory_that_others_took_is_told_to_the_client() -> None:
     in_full_memory(
         """
         assert access.write(0, b"x" * (2 << 20)) == 0
-        other = os.open("/dev/shm/other", os.O_CREAT | os.O_WRONLY)
-        try:
-            while True:
-                os.write(other, bytes(4096))
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
+        take_the_rest()
         assert access.write(0, b"y" * (2 << 20)) == 0, "this memory is the disk's"
         assert access.write(8 << 20, b"y" * 4096) == errno.ENOSPC
         assert access.zero(8 << 20, 4096, 2) == errno.ENOSPC
         assert access.zero(8 << 20, 8 << 20) == 0
         assert not any(access.read(0x800000, 4096))
-        os.close(other)
         os.unlink("/dev/shm/other")
         assert access.write(4 << 20, b"y" * 4096) == 0
         """
@@ -104,16 +107,10 @@ def test_what_was_trimmed_and_taken_by_others_is_an_error_and_not_a_crash() -> N
         """
         assert access.write(0, b"x" * (4 << 20)) == 0
         assert access.trim(0, 4 << 20) == 0
-        other = os.open("/dev/shm/other", os.O_CREAT | os.O_WRONLY)
-        try:
-            while True:
-                os.write(other, bytes(4096))
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
+        take_the_rest()
         assert not any(access.read(0, 4 << 20))
         assert access.write(0, b"y" * 4096) == errno.ENOSPC
         assert not any(access.read(0, 4096))
-        os.close(other)
         """
     )
 
@@ -154,17 +151,11 @@ def test_what_one_worker_trimmed_and_others_took_is_an_error_at_the_other_worker
             assert two.write(0, b"x" * (4 << 20)) == 0
             assert one.write(0, b"y" * 4096) == 0
             assert one.trim(0, 4 << 20) == 0
-            taken = os.open("/dev/shm/other", os.O_CREAT | os.O_WRONLY)
-            try:
-                while True:
-                    os.write(taken, bytes(4096))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+            take_the_rest()
             assert not any(two.read(0, 4 << 20))
             assert two.write(0, b"y" * 4096) == errno.ENOSPC
             assert one.write(1 << 20, b"y" * 4096) == errno.ENOSPC
             os.unlink("/dev/shm/other")
-            os.close(taken)
             assert two.write(0, b"z" * 4096) == 0
             assert one.read(0, 4096) == b"z" * 4096
         """
