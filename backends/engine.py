@@ -23,12 +23,14 @@ class Engine(ABC):
     That call comes from the loop, never from inside the methods here. The caller keeps
     `in_flight` below `depth`, and lets the engine have a buffer until its operation ended.
     What was queued starts together, at the end of the turn at the latest; `rounds` counts these
-    starts.
+    starts. Operations are numbered from 1 on; `tags` has those in flight, the oldest first.
     """
 
     depth: int
     in_flight: int = 0
     rounds: int = 0
+    number: int = 0  # of the last operation
+    tags: dict[int, Tag]
 
     @abstractmethod
     def read(self, buffer: AlignedBuffer, start: int, length: int, offset: int, tag: Tag) -> None:

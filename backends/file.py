@@ -13,7 +13,13 @@ from backends.api import Backend, Channel, Disk, Event
 from backends.filechannel import FileChannel
 from backends.filelock import mark_of
 from backends.fileopen import SMALLEST_BLOCK, OpenFile, open_file
-from backends.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, can_discard, fallocate
+from backends.linux import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    can_discard,
+    device_size,
+    fallocate,
+)
 from reactor.loop import Reactor, Timer
 from reactor.spec import Key
 
@@ -33,6 +39,7 @@ class FileDisk(Disk):
         self.path = opened.path
         self.fd = opened.fd
         self._opened = opened
+        self.channels: list[FileChannel] = []
         self._taken = False  # another program seems to have the device
         self.is_device = opened.is_device
         self.direct = opened.direct
@@ -52,7 +59,7 @@ class FileDisk(Disk):
     def resize(self, size: int) -> None:
         """Change the size: of a regular file itself, of a device only what is shown of it."""
         if self.is_device:
-            available = os.lseek(self.fd, 0, os.SEEK_END)
+            available = device_size(self.fd)
             if size > available:
                 problem = f"the device has only {available} bytes"
                 raise OSError(errno.ENOSPC, problem, self.path)
@@ -95,6 +102,8 @@ class FileDisk(Disk):
         self._watch_timer = self._reactor.call_later(seconds, self._watch)
         if self._taken and was_taken:
             self._remove("was taken by another program when the worker that held it had died")
+        for channel in self.channels:
+            channel.look()
         self._look()
 
     def _look_again(self) -> None:
@@ -126,9 +135,11 @@ class FileDisk(Disk):
     def _problem(self) -> str | None:
         """Return what has become of the file, None while all is well."""
         try:
-            size = os.lseek(self.fd, 0, os.SEEK_END)
+            size = device_size(self.fd) if self.is_device else os.lseek(self.fd, 0, os.SEEK_END)
         except OSError as error:
             return f"is gone: {error.strerror}"
+        if self.is_device and size == 0:
+            return "is gone: the device was unplugged or removed"
         if size < self.size:
             return f"shrank from {self.size} to {size} bytes"
         try:

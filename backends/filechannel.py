@@ -21,6 +21,7 @@ from backends.api import (
 from backends.buffers import AlignedBuffer, BufferPool
 from backends.engine import Engine, OnRoom, Tag
 from backends.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, discard
+from backends.slowness import Slowness
 from backends.threads import Threads
 from backends.uring import Ring
 from reactor.errors import reason
@@ -41,9 +42,12 @@ if TYPE_CHECKING:
 
 # A call that should only touch memory but took longer than this (and one ns per byte) has waited
 # for the disk: the kernel throttles writers whose dirty pages are too many. For a while such calls
-# go to the engine, so that a slow disk costs the loop one wait a second and not one per request.
+# go to the engine, so that a slow disk costs the loop one short wait a second and not one per
+# request, and a tenth of its time at most. So they do while anything else waits for the disk.
 STALL_NS: Final = 5_000_000
 STALLED_FOR_NS: Final = 1_000_000_000
+STALLED_FOR_WAITS: Final = 10
+LOOK_NS: Final = 2_500_000_000  # longer than from one look at the storage to the next
 
 PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 ZERO: Final = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
@@ -87,6 +91,8 @@ class FileChannel(Channel):
         self._pool = BufferPool(self._on_room)
         self._engine = make_engine(reactor, disk.fd, self._on_room)
         self._discards = Threads(reactor, disk.fd, self._on_room, threads=1)
+        self._slowness = Slowness(disk.name, reactor.clock, (self._engine, self._discards))
+        disk.channels.append(self)
         self._resuming = False
         self._stalled_until = 0
         self._instead: Mapping[int, tuple[int, ...]] = (
@@ -132,7 +138,13 @@ class FileChannel(Channel):
                 self._waiting.appendleft(owner)
                 return
 
+    def look(self) -> None:
+        """See whether the storage is slow; called every second."""
+        if self._slowness.look():
+            self._stalled_until = max(self._stalled_until, self._clock() + LOOK_NS)
+
     def close(self) -> None:
+        self._file.channels.remove(self)
         self._engine.close()
         self._discards.close()
 
@@ -257,8 +269,10 @@ class FileChannel(Channel):
 
     def _note_stall(self, began: int, length: int) -> None:
         now = self._clock()
-        if now - began > STALL_NS + length:
-            self._stalled_until = now + STALLED_FOR_NS
+        waited = now - began
+        if waited > STALL_NS + length:
+            self._stalled_until = now + max(STALLED_FOR_NS, STALLED_FOR_WAITS * waited)
+            self._slowness.report(waited, f"kept a whole worker waiting for {waited / 1e9:.0f} s")
 
     # --- flushes ---
 

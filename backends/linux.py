@@ -19,6 +19,7 @@ FALLOC_FL_ZERO_RANGE: Final = 0x10
 NBD_MAJOR: Final = 43  # include/uapi/linux/major.h
 _BLKSSZGET: Final = 0x1268  # include/uapi/linux/fs.h
 _BLKDISCARD: Final = 0x1277
+_BLKGETSIZE64: Final = 0x80081272
 _RANGE: Final = Struct("=QQ")
 _LOCK: Final = Struct("@hhqqi4x")  # struct flock: type, whence, start, length, pid
 _AT_EMPTY_PATH: Final = 0x1000
@@ -86,6 +87,14 @@ def is_range_locked(fd: int, start: int, length: int) -> bool:
 def logical_block_size(fd: int) -> int:
     """Return a block device's smallest unit of I/O in bytes."""
     return int.from_bytes(fcntl.ioctl(fd, _BLKSSZGET, bytes(4)), sys.byteorder)
+
+
+def device_size(fd: int) -> int:
+    """Return a block device's size in bytes; 0 for one that is gone. Raises OSError.
+
+    A seek to the end would wait for what others do to the device: it takes the inode's lock.
+    """
+    return int.from_bytes(fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)), sys.byteorder)
 
 
 def discard(fd: int, offset: int, length: int) -> None:

@@ -25,6 +25,7 @@ _NOT_BACKENDS = {
     "linux",
     "registry",
     "sharedmemory",
+    "slowness",
     "threads",
     "uring",
 }

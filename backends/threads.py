@@ -13,11 +13,12 @@ from typing import Any, Final
 from backends.buffers import AlignedBuffer
 from backends.engine import DEPTH, Engine, OnRoom, Tag
 from backends.linux import fallocate
+from reactor.errors import error_number
 from reactor.loop import Reactor
 
 THREADS: Final = 4
 
-Job = tuple[Callable[..., int | None], tuple[Any, ...], Tag]
+Job = tuple[Callable[..., int | None], tuple[Any, ...], int]
 
 
 class Threads(Engine):
@@ -36,7 +37,8 @@ class Threads(Engine):
         self._threads: list[threading.Thread] = []
         self._queued: list[Job] = []
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._results: deque[tuple[Tag, int]] = deque()
+        self._results: deque[tuple[int, int]] = deque()  # an operation's number and result
+        self.tags = {}
 
     def read(self, buffer: AlignedBuffer, start: int, length: int, offset: int, tag: Tag) -> None:
         self.call(os.preadv, (self._fd, (buffer.view[start : start + length],), offset), tag)
@@ -61,7 +63,9 @@ class Threads(Engine):
     ) -> None:
         """Call `function(*arguments)` in a thread; None as its result counts as 0."""
         self.in_flight += 1
-        self._queued.append((function, arguments, tag))
+        self.number += 1
+        self.tags[self.number] = tag
+        self._queued.append((function, arguments, self.number))
         self._reactor.mark_kick(self)
 
     def kick(self) -> None:
@@ -72,7 +76,10 @@ class Threads(Engine):
         if not self._threads:
             self._start_threads()
         for job in self._queued:
-            self._jobs.put(job)
+            if self._threads:
+                self._jobs.put(job)
+            else:
+                self._finished(job[2], -errno.ENOMEM)
         self._queued.clear()
 
     def close(self) -> None:
@@ -86,23 +93,30 @@ class Threads(Engine):
         for number in range(self._threads_max):
             # A daemon: a call that hangs in a dead device must not keep the worker from exiting.
             thread = threading.Thread(target=self._work, name=f"file-io-{number}", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # no memory, or too many: those that there are do it all
+                return
             self._threads.append(thread)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            function, arguments, tag = job
+            function, arguments, number = job
             try:
                 result = function(*arguments) or 0
-            except OSError as error:
-                result = -(error.errno or errno.EIO)
-            self._results.append((tag, result))
-            self._reactor.call_from_thread(self._reap)
+            except (OSError, MemoryError) as error:
+                result = -error_number(error)
+            self._finished(number, result)
+
+    def _finished(self, number: int, result: int) -> None:
+        self._results.append((number, result))
+        self._reactor.call_from_thread(self._reap)
 
     def _reap(self) -> None:
         # One wake-up may bring several results; those of the others then find nothing to do.
         for _ in range(len(self._results)):
-            tag, result = self._results.popleft()
+            number, result = self._results.popleft()
+            tag = self.tags.pop(number)
             self.in_flight -= 1
             tag[0](result, tag)
         self._on_room()

@@ -13,7 +13,7 @@ import mmap
 import os
 import select
 from struct import Struct
-from typing import Any, Final
+from typing import Final
 
 from backends.buffers import AlignedBuffer
 from backends.engine import DEPTH, Engine, OnRoom, Tag
@@ -33,6 +33,7 @@ IORING_OFF_SQ_RING: Final = 0
 IORING_OFF_SQES: Final = 0x10000000
 IORING_ENTER_GETEVENTS: Final = 1 << 0
 IORING_REGISTER_EVENTFD: Final = 4
+IORING_REGISTER_IOWQ_MAX_WORKERS: Final = 19  # Linux 5.15
 IORING_SQ_TASKRUN: Final = 1 << 2
 
 IORING_OP_FSYNC: Final = 3
@@ -57,6 +58,10 @@ WRAP: Final = 0xFFFFFFFF  # the rings' indexes are 32-bit counters
 # it works while we queue the next. Direct I/O at depth 32: 1.1 times the reads, 1.47 the writes.
 SUBMIT_AT: Final = 16
 TRANSFERS: Final = frozenset({IORING_OP_READ, IORING_OP_WRITE})
+# What must wait (fdatasync, cached writes) does so in kernel threads that all rings of a process
+# share: four for each CPU by default, so that one hung disk would take them from all others. They
+# are made only as they are needed.
+WORKERS_MAX: Final = 4 * DEPTH
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _setup = _libc["syscall"]
@@ -101,8 +106,8 @@ class Ring(Engine):
             self._release()
             raise
         self.depth = params[0]
-        self._tags: list[Any] = [None] * self.depth
-        self._free = list(range(self.depth))
+        self.tags = {}
+        _allow_workers(self._ring_fd)
         # Edge-triggered, so that nobody has to read it: each completion is a new edge. The ring's
         # own descriptor would not do: with DEFER_TASKRUN it stays silent until we enter.
         reactor.add_fd(
@@ -146,12 +151,12 @@ class Ring(Engine):
     def _queue(
         self, opcode: int, offset: int, address: int, length: int, flags: int, tag: Tag
     ) -> None:
-        slot = self._free.pop()
-        self._tags[slot] = tag
+        number = self.number = self.number + 1
+        self.tags[number] = tag
         tail = self._tail
         place = (tail & self._sq_mask) * SQE_SIZE
         SQE.pack_into(
-            self._sqes, place, opcode, 0, 0, self._fd, offset, address, length, flags, slot
+            self._sqes, place, opcode, 0, 0, self._fd, offset, address, length, flags, number
         )
         self._tail = (tail + 1) & WRAP
         self._queued += 1
@@ -193,16 +198,16 @@ class Ring(Engine):
         tail = words[self._cq_tail]
         if head == tail:
             return
-        tags, free, unpack = self._tags, self._free, CQE.unpack_from
-        while head != tail:
-            slot, result, _flags = unpack(rings, cqes + (head & mask) * CQE_SIZE)
-            head = (head + 1) & WRAP
-            tag = tags[slot]
-            tags[slot] = None
-            free.append(slot)
-            self.in_flight -= 1
-            tag[0](result, tag)
-        self._head = words[self._cq_head] = head
+        pop, unpack = self.tags.pop, CQE.unpack_from
+        try:
+            while head != tail:
+                number, result, _flags = unpack(rings, cqes + (head & mask) * CQE_SIZE)
+                head = (head + 1) & WRAP
+                tag = pop(number)
+                self.in_flight -= 1
+                tag[0](result, tag)
+        finally:  # what was called may fail; the others' operations still end once
+            self._head = words[self._cq_head] = head
         self._on_room()
 
     def _map(self, params: tuple[int, ...]) -> None:
@@ -251,6 +256,12 @@ def _set_up(entries: int) -> tuple[int, tuple[int, ...]]:
             break
     _check(fd)
     return fd, PARAMS.unpack_from(params)
+
+
+def _allow_workers(ring_fd: int) -> None:
+    most = array.array("I", [WORKERS_MAX, 0])  # of files and block devices; 0: as it is
+    address, count = most.buffer_info()
+    _register(SYS_IO_URING_REGISTER, ring_fd, IORING_REGISTER_IOWQ_MAX_WORKERS, address, count)
 
 
 def _check(result: int) -> None:

@@ -5,6 +5,7 @@ Every message is one complete line for the operator: what failed, where, and wha
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from typing import Final
@@ -39,9 +40,17 @@ class BusError(ReactorError):
 class DeviceError(ReactorError):
     """A kernel device could not be attached, changed or detached; `errno` says why."""
 
-    def __init__(self, errno: int, message: str) -> None:
+    def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
-        self.errno = errno
+        self.errno = number
+
+
+def error_number(error: BaseException) -> int:
+    """Return the errno for `error`: EIO for what has none."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    number = error.errno if isinstance(error, OSError) else None
+    return number or errno.EIO
 
 
 def reason(error: BaseException) -> str:
@@ -52,6 +61,8 @@ def reason(error: BaseException) -> str:
         if error.strerror and error.strerror != text:
             text = error.strerror
         return f"{error.filename}: {text}" if error.filename else text
+    if isinstance(error, MemoryError):
+        return os.strerror(errno.ENOMEM)
     return " ".join(str(error).split()) or type(error).__name__
 
 

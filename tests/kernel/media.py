@@ -109,3 +109,17 @@ def medium(name: str, folder: Path, size: int = 64 * MIB) -> Iterator[Medium]:
 def state(pid: int) -> str:
     """Return the letter of what a process does, as proc(5) has it: D waits for a medium."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@contextmanager
+def few_dirty_pages(size: int) -> Iterator[None]:
+    """Let a writer wait for its medium when the page cache has so many bytes to be written."""
+    vm = Path("/proc/sys/vm")
+    before = {name: (vm / name).read_text() for name in ("dirty_background_ratio", "dirty_ratio")}
+    (vm / "dirty_background_bytes").write_text(str(size // 2))
+    (vm / "dirty_bytes").write_text(str(size))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            (vm / name).write_text(value)

@@ -1,0 +1,130 @@
+"""The medium below a file disk takes half a minute for an answer: nothing else is slow or dies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from reactor.protocol.wire import NBD_CMD_FLAG_FUA, NBD_CMD_WRITE
+from tests.client import Client
+from tests.commands import fio_verify, fio_verify_command
+from tests.kernel.media import MIB, Medium, few_dirty_pages, medium, needs_drivers, state
+from tests.running import RunningService
+
+pytestmark = [pytest.mark.kernel, needs_drivers]
+Start = Callable[..., RunningService]
+
+HANG_SECONDS = 38.0  # longer than the controller waits for a worker
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> Iterator[list[Medium]]:
+    """Make two slow media and a good one; ask for it before `service`, which must end before."""
+    with ExitStack() as made:
+        names = ("cached", "direct", "good")
+        yield [made.enter_context(medium(name, tmp_path)) for name in names]
+
+
+@contextmanager
+def working(command: list[str]) -> Iterator[None]:
+    """Run a program beside; it must succeed."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.STDOUT
+    )
+    try:
+        yield
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, output.decode()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def check_nothing_was_ended(running: RunningService, worker: psutil.Process) -> None:
+    assert running.workers() == {0: worker}
+    for word in ("is killed", "aborted", "was ended", "lost a connection", "Traceback"):
+        assert word not in running.log
+    assert running.stop() == 0
+
+
+def test_hanging_media_are_reported_and_the_others_served(
+    media: list[Medium], service: Start, tmp_path: Path
+) -> None:
+    cached, direct, good = media
+    running = service(f"""
+disks:
+  cached: {{backend: file, path: {cached.path}, device: /dev/nbd0, listen: 'unix:{tmp_path}/c'}}
+  direct: {{backend: file, path: {direct.path}, direct: true, device: /dev/nbd1}}
+  good: {{backend: file, path: {good.path}, device: /dev/nbd2}}
+  ram: {{backend: malloc, size: 16MiB, device: /dev/nbd3}}
+""")
+    worker = running.workers()[0]
+    with ExitStack() as beside:
+        for device in ("/dev/nbd0", "/dev/nbd1"):
+            command = fio_verify_command(device, "4M", fsync="8", loops="3")
+            beside.enter_context(working(command))
+        clients = [beside.enter_context(Client(tmp_path / "c", "cached")) for _ in range(4)]
+        time.sleep(1)
+        began = time.monotonic()
+        for slow in (cached, direct):
+            slow.hang()
+        try:
+            for number, client in enumerate(clients):
+                client.sock.settimeout(100)
+                for place in range(8):  # more than there are kernel threads for them at first
+                    offset = (16 + 8 * number + place) * MIB
+                    flags, payload = NBD_CMD_FLAG_FUA, b"x" * 4096
+                    client.submit(NBD_CMD_WRITE, offset, 4096, flags=flags, payload=payload)
+            # Each must go off the loop, into kernel threads of which the media hold many.
+            fio_verify("/dev/nbd2", "2M", fsync="4")
+            fio_verify("/dev/nbd3", "2M")
+            for name in ("cached", "direct"):
+                running.await_line(f"disk {name}: its storage has not answered for ")
+            time.sleep(max(0.0, began + HANG_SECONDS - time.monotonic()))
+            fio_verify("/dev/nbd2", "2M", fsync="4", rw="write")
+        finally:
+            for slow in (cached, direct):
+                slow.go_on()
+        for client in clients:
+            assert [error for _, error, _ in client.finish(8)] == [0] * 8
+    for name in ("cached", "direct"):
+        running.await_line(f"disk {name}: its storage answers again")
+        assert running.log.count(f"disk {name}: its storage") <= 4
+        assert running.await_state(name, "online")["reason"] == ""
+    assert "disk good: its storage" not in running.log
+    check_nothing_was_ended(running, worker)
+
+
+@pytest.mark.xfail(strict=True, reason="the controller has yet to spare a worker whose state is D")
+def test_a_worker_that_waits_for_a_medium_is_reported_and_not_killed(
+    media: list[Medium], service: Start, tmp_path: Path
+) -> None:
+    cached, _, _ = media
+    running = service(f"""
+disks:
+  cached: {{backend: file, path: {cached.path}, device: /dev/nbd0, listen: 'unix:{tmp_path}/c'}}
+""")
+    worker = running.workers()[0]
+    try:
+        with few_dirty_pages(4 * MIB), Client(tmp_path / "c", "cached") as client:
+            client.sock.settimeout(100)
+            cached.hang()
+            # Nothing waits yet that would tell: the page cache takes it, until it is full.
+            client.submit(NBD_CMD_WRITE, 0, 16 * MIB, payload=os.urandom(16 * MIB))
+            running.await_true(lambda: state(worker.pid) == "D")
+            time.sleep(HANG_SECONDS)
+            cached.go_on()
+            assert [error for _, error, _ in client.finish(1)] == [0]
+            client.flush()
+    finally:
+        cached.go_on()
+    running.await_line("disk cached: its storage kept a whole worker waiting for ")
+    check_nothing_was_ended(running, worker)
