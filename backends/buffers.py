@@ -69,7 +69,10 @@ class BufferPool:
         self._free = [page] * (PAGE_BITS + 1) + [list[AlignedBuffer]() for _ in larger]
 
     def take(self, length: int) -> AlignedBuffer | None:
-        """Return a buffer of at least `length` bytes, None when there is no room now."""
+        """Return a buffer of at least `length` bytes, None when there is no room now.
+
+        Raises OSError when the system has no memory and nothing is in use.
+        """
         bits = (length - 1).bit_length()
         free = self._free[bits]
         if free:
@@ -80,8 +83,15 @@ class BufferPool:
         if self.total_bytes + size > POOL_BYTES_MAX and not self._make_room(size):
             self.exhausted = True
             return None
+        try:
+            buffer = AlignedBuffer(self, size, free)
+        except OSError:
+            if self.total_bytes == self.free_bytes:
+                raise
+            self.exhausted = True  # what is in use comes back
+            return None
         self.total_bytes += size
-        return AlignedBuffer(self, size, free)
+        return buffer
 
     def _make_room(self, size: int) -> bool:
         """Drop what is free, then ask for what peers that do not read hold, one by one."""

@@ -21,6 +21,7 @@ from backends.api import (
     Releasable,
     Request,
 )
+from reactor.errors import error_number
 from reactor.log import logger
 from reactor.loop import Reactor
 from reactor.protocol.wire import (
@@ -124,8 +125,8 @@ class _Steps(Owner):
             done = self._channel.base.submit(self._step, self) is not None
         except Busy:
             return
-        except OSError as error:
-            self._owner.complete(self._request, error.errno or errno.EIO, DONE)
+        except (OSError, MemoryError) as error:
+            self._owner.complete(self._request, error_number(error), DONE)
         except Exception:
             log.exception("disk %s: a bug in its backend", self._channel.disk.name)
             self._owner.complete(self._request, errno.EIO, DONE)

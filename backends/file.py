@@ -96,10 +96,11 @@ class FileDisk(Disk):
     def _watch(self) -> None:
         # All files at the same moment: an idle worker wakes up once for them, and its heartbeat.
         seconds = WATCH_SECONDS - self._reactor.clock() / 1e9 % WATCH_SECONDS
+        self._watch_timer = self._reactor.call_later(seconds, self._watch)
         was_taken, self._taken = self._taken, self._is_taken()
         if self._taken and not was_taken:
-            seconds = AGAIN_SECONDS
-        self._watch_timer = self._reactor.call_later(seconds, self._watch)
+            self._watch_timer.cancel()
+            self._watch_timer = self._reactor.call_later(AGAIN_SECONDS, self._watch)
         if self._taken and was_taken:
             self._remove("was taken by another program when the worker that held it had died")
         for channel in self.channels:

@@ -10,6 +10,7 @@ from typing import Final
 from backends import sharedmemory
 from backends.api import COMMAND, DONE, FLAGS, Backend, Buffer, Channel, Disk, Owner, Request
 from backends.sharedmemory import SIZE_MAX, SharedMemory, shared_memory
+from reactor.errors import error_number
 from reactor.loop import Reactor
 from reactor.protocol.wire import (
     NBD_CMD_FLAG_NO_HOLE,
@@ -82,8 +83,7 @@ class MallocChannel(Channel):
         try:
             self._clear(request, begin, end)
         except Exception as error:  # noqa: BLE001 - no request may be left without an end
-            number = error.errno if isinstance(error, OSError) else None
-            owner.complete(request, number or errno.EIO, DONE)
+            owner.complete(request, error_number(error), DONE)
         else:
             if end == offset + length:
                 owner.complete(request, 0, DONE)

@@ -33,7 +33,10 @@ class _Socket:
     def __init__(self, reactor: Reactor, kind: int, name: str) -> None:
         self._reactor = reactor
         self._context = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(kind)
+        try:
+            self._socket = self._context.socket(kind)
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"control bus: {error}") from error
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
         self._socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)

@@ -16,6 +16,7 @@ import heapq
 import os
 import select
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ SPIN_MISSES_MAX: Final = 8  # in a row; then it sleeps at once
 SPIN_REST: Final = 64  # busy turns until it looks again
 NEVER: Final = -1.0
 FAILURES_MAX: Final = 10
+SHORTAGE_SECONDS: Final = 0.1  # the pause after a failure for want of memory
 
 READABLE: Final = select.EPOLLIN
 WRITABLE: Final = select.EPOLLOUT
@@ -301,6 +303,9 @@ class Reactor:
 
     def _failed(self, poller: Poller) -> None:
         """Report the exception that `poller` let through."""
+        if isinstance(sys.exception(), MemoryError):
+            self._lack_memory(poller.name)
+            return
         poller.failures += 1
         more = "called again" if poller.failures < FAILURES_MAX else "called no more"
         log.exception("a bug in %s, which is %s", poller.name, more)
@@ -363,8 +368,16 @@ class Reactor:
         """Call `function` once; its bug must not keep the others from their turn."""
         try:
             function()
+        except MemoryError:
+            self._lack_memory(getattr(function, "__qualname__", str(function)))
         except Exception:
             log.exception("a bug in %s", getattr(function, "__qualname__", function))
+
+    @staticmethod
+    def _lack_memory(name: str) -> None:
+        """Report a failure that is nobody's bug; what stays ready must not fail in a busy loop."""
+        log.error("%s: out of memory", name)
+        time.sleep(SHORTAGE_SECONDS)
 
     def _drain_wakeup(self, _events: int) -> bool:
         os.eventfd_read(self._wakeup)

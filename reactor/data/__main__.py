@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import faulthandler
 import fcntl
 import os
@@ -19,12 +20,14 @@ from backends import registry
 from reactor import pressure
 from reactor.data import garbage
 from reactor.data.worker import Worker
-from reactor.errors import ReactorError, reason
+from reactor.errors import ReactorError, error_number, reason
 from reactor.log import FORMATS, LEVELS, logger, set_up
 from reactor.loop import MODES, Reactor
 from reactor.messages import start_line
 
 BOOT_FAILURE: Final = 3  # exit status: starting again will not help
+SHORTAGE: Final = 4  # exit status: of something that there may be later
+SHORTAGES: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC)
 # For a moment the core's lock may be that of a worker whose controller died while it started.
 LOCK_SECONDS: Final = 1.0
 LOCK_PAUSE_SECONDS: Final = 0.02
@@ -111,9 +114,9 @@ def main() -> int:
             return 0
         reactor = Reactor(arguments.mode)
         worker = Worker(reactor, core, arguments.runtime_dir, arguments.instance)
-    except (OSError, ReactorError) as error:
+    except (OSError, ReactorError, MemoryError) as error:
         log.critical("cannot start: %s", reason(error))
-        return BOOT_FAILURE
+        return SHORTAGE if error_number(error) in SHORTAGES else BOOT_FAILURE
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the controller
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     reactor.add_signal(signal.SIGTERM, worker.end_if_orphaned)

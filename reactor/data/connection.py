@@ -27,7 +27,7 @@ from backends.api import (
 from reactor.data.counters import Counters
 from reactor.data.outgoing import REPLY_BYTES, Outgoing
 from reactor.data.shortcut import MemoryShortcut
-from reactor.errors import reason
+from reactor.errors import error_number, reason
 from reactor.log import logger
 from reactor.loop import HANGUP, READABLE, WRITABLE, Reactor, Timer
 from reactor.protocol.export import Export
@@ -52,7 +52,8 @@ from reactor.protocol.wire import (
 QUEUE_MAX: Final = 1024  # requests in flight plus buffers to be sent
 BYTES_MAX: Final = 32 << 20  # bytes to be sent, and those of reads and writes in flight
 DISCONNECT_SECONDS: Final = 10.0  # what is in flight when the peer ends may take so long
-FAILURES_LOGGED: Final = 10  # per connection; all are counted
+FAILURES_LOGGED: Final = 10  # per connection in that time; all are counted
+FAILURES_SECONDS: Final = 600.0
 
 log = logger(__name__)
 
@@ -111,6 +112,7 @@ class Connection:
         self._closed: str | None = None
         self._deadline: Timer | None = None
         self._failures_logged = 0
+        self._failures_until = 0
         sock.setblocking(False)
         self._events = READABLE
         reactor.add_fd(sock.fileno(), self._on_ready, name=f"connection to {export.name}")
@@ -192,6 +194,8 @@ class Connection:
                 return self._receive()
             if events & HANGUP:
                 self.close("the peer is gone")
+        except MemoryError:
+            self.close("there is no memory for it")
         except Exception:
             log.exception("disk %s: a bug in its connection", self._export.name)
             self.close("internal error")
@@ -331,9 +335,12 @@ class Connection:
 
     def _failed(self, request: Request, error: Exception) -> int:
         """Log what the client will only see as a number; returns the errno."""
-        bug = not isinstance(error, OSError)
+        bug = not isinstance(error, (OSError, MemoryError))
         self.counters.bugs += bug
-        number = error.errno or errno.EIO if isinstance(error, OSError) else errno.EIO
+        now = self._reactor.clock()
+        if now >= self._failures_until:
+            self._failures_until = now + int(FAILURES_SECONDS * 1e9)
+            self._failures_logged = 0
         if self._failures_logged < FAILURES_LOGGED:
             self._failures_logged += 1
             log.error(
@@ -345,7 +352,7 @@ class Connection:
                 reason(error),
                 exc_info=error if bug else None,
             )
-        return number
+        return error_number(error)
 
     # --- completions ---
 
@@ -427,6 +434,8 @@ class Connection:
                     self._go_on()
         except OSError as error:
             self.close(f"sending failed: {reason(error)}")
+        except MemoryError:
+            self.close("there is no memory for it")
         except Exception:
             log.exception("disk %s: a bug in its connection", self._export.name)
             self.close("internal error")

@@ -18,7 +18,7 @@ from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
 from reactor.data.listener import Listener
 from reactor.data.serving import ServedDisk
 from reactor.data.spread import ClientSpread
-from reactor.errors import BusError, ReactorError, reason
+from reactor.errors import BusError, ReactorError, error_number, reason
 from reactor.log import logger
 from reactor.loop import Reactor, Timer
 from reactor.messages import HANDOVERS, Message, decode
@@ -29,7 +29,9 @@ HEARTBEAT_SECONDS: Final = 1.0
 IDLE_HEARTBEAT_SECONDS: Final = 2.0  # the controller waits for five
 HANDOVERS_PER_TURN: Final = 16
 # A worker that was killed leaves I/O behind, which holds its files and devices a while longer: the
-# kernel lets go of an io_uring when its last operation ends, not when its process does.
+# kernel lets go of an io_uring when its last operation ends, not when its process does. And what
+# the host lacks now there may be soon.
+RETRIED: Final = (errno.EBUSY, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 START_RETRY_SECONDS: Final = 0.1
 START_TRIES: Final = 50
 DRAIN_SECONDS: Final = 10.0
@@ -103,7 +105,7 @@ class Worker:
     def _run(self, handler: Callable[[Message], None], message: Message) -> None:
         try:
             handler(message)
-        except (OSError, ReactorError) as error:
+        except (OSError, ReactorError, MemoryError) as error:
             self._failed(message, error)
         except Exception as error:
             # A backend of another package, or a bug of ours: the command fails, the worker lives.
@@ -111,12 +113,11 @@ class Worker:
             self._failed(message, error)
 
     def _failed(self, message: Message, error: Exception) -> None:
-        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         self._bus.send(
             "failed",
             id=message.get("id", 0),
             disk=_disk_name(message),
-            errno=number,
+            errno=error_number(error),
             reason=reason(error),
         )
 
@@ -162,7 +163,7 @@ class Worker:
             try:
                 served = self._open(spec, shared=message["shared"])
             except OSError as error:
-                if error.errno != errno.EBUSY or not tries:
+                if error.errno not in RETRIED or not tries:
                     raise
                 if tries == START_TRIES:
                     log.info("disk %s waits: %s", spec.name, reason(error))
@@ -265,18 +266,19 @@ class Worker:
 
     def _heartbeat(self) -> None:
         """Tell what has changed, and so that this worker lives."""
+        # First: what now fails for want of memory must come again, or it were taken for dead.
+        again = self._beat_in(HEARTBEAT_SECONDS)
         changed = {
             name: counters
             for name, served in self._disks.items()
             if (counters := served.changed_statistics()) is not None
         }
-        # At a full second, as everything that is done now and then: an idle worker wakes up once.
-        seconds = HEARTBEAT_SECONDS if changed or not self._welcomed else IDLE_HEARTBEAT_SECONDS
-        wait = seconds - self._reactor.clock() / 1e9 % HEARTBEAT_SECONDS
-        self._reactor.call_later(wait, self._heartbeat)
         if not self._welcomed:
             self._say_hello(0)
             return
+        if not changed:
+            again.cancel()
+            self._beat_in(IDLE_HEARTBEAT_SECONDS)
         reactor = self._reactor
         self._bus.send(
             "statistics",
@@ -288,6 +290,11 @@ class Worker:
             disks=changed,
             events=self._bus.events,
         )
+
+    def _beat_in(self, seconds: float) -> Timer:
+        # At a full second, as everything that is done now and then: an idle worker wakes up once.
+        wait = seconds - self._reactor.clock() / 1e9 % HEARTBEAT_SECONDS
+        return self._reactor.call_later(wait, self._heartbeat)
 
     def _say_hello(self, inquiry: int) -> None:
         reports = [served.report() for served in self._disks.values()]
