@@ -272,6 +272,13 @@ class Backend(ABC):
         return []
 
     @classmethod
+    def await_storage(cls, options: Mapping[str, object]) -> None:
+        """Wait until the storage answers; called before `create`, in a thread, for it may hang.
+
+        Raises OSError; a disk that cannot be opened is told by `create`.
+        """
+
+    @classmethod
     @abstractmethod
     def create(
         cls,

@@ -12,7 +12,7 @@ from typing import Final
 from backends.api import Backend, Channel, Disk, Event
 from backends.filechannel import FileChannel
 from backends.filelock import mark_of
-from backends.fileopen import SMALLEST_BLOCK, OpenFile, open_file
+from backends.fileopen import SMALLEST_BLOCK, OpenFile, open_file, try_to_read
 from backends.linux import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -171,6 +171,10 @@ class FileBackend(Backend):
         if size % unit:
             return [("size", f"{size} is not a multiple of the block size {unit}")]
         return []
+
+    @classmethod
+    def await_storage(cls, options: Mapping[str, object]) -> None:
+        try_to_read(str(options["path"]))
 
     @classmethod
     def create(

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,16 @@ from typing import Final
 
 from backends.filelock import READERS, DeviceClaim, lock_file
 from backends.linux import NBD_MAJOR, direct_alignment, logical_block_size
+from reactor import background
+from reactor.log import logger
 
 # A new image is its owner's: what a disk holds is rarely everybody's business.
 IMAGE_MODE: Final = 0o600
 SMALLEST_BLOCK: Final = 512
+CLOSE_SECONDS: Final = 0.5
+PAGE: Final = mmap.PAGESIZE
+
+log = logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +39,24 @@ class OpenFile:
     claim: DeviceClaim | None  # of a device that several workers write to
 
     def close(self) -> None:
-        """Close it."""
+        """Close it. A device that is slow to write what it still has to does so beside us."""
         if self.claim is not None:
             self.claim.close()
-        os.close(self.fd)
+        if not self.is_device:
+            os.close(self.fd)
+            return
+        closed = threading.Event()
+
+        def close() -> None:
+            os.close(self.fd)
+            closed.set()
+
+        try:
+            background.start(close)
+        except OSError:
+            close()
+        if not closed.wait(CLOSE_SECONDS):
+            log.warning("%s is closed, but still being written to", self.path)
 
 
 def open_file(
@@ -83,6 +104,28 @@ def open_file(
         os.close(fd)
         raise
     return OpenFile(path, fd, size, block_size, is_device, direct, claim)
+
+
+def try_to_read(path: str) -> None:
+    """Read the beginning from the medium, not the page cache if that can be; may hang.
+
+    Raises OSError.
+    """
+    status = Path(path).stat()
+    regular, device = stat.S_ISREG(status.st_mode), stat.S_ISBLK(status.st_mode)
+    if not (regular or device) or (device and os.major(status.st_rdev) == NBD_MAJOR):
+        return
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fd = os.open(path, os.O_RDONLY)  # its file system has no O_DIRECT
+    try:
+        with mmap.mmap(-1, PAGE) as page:
+            os.preadv(fd, [page], 0)
+    finally:
+        os.close(fd)
 
 
 def _error(number: int, path: str, problem: str) -> OSError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
+from reactor.data.awaiting import await_storage
 from reactor.data.listener import Listener
 from reactor.data.serving import ServedDisk
 from reactor.data.spread import ClientSpread
@@ -50,7 +51,7 @@ class Worker:
         self._runtime_dir = runtime_dir
         self._disks: dict[str, ServedDisk] = {}
         self._spreads: dict[str, ClientSpread] = {}  # of the shared disks whose listeners are here
-        # Disks whose storage is still in use: the command and the next try.
+        # Disks that wait for their storage: the command and what will go on with it.
         self._retries: dict[str, tuple[int, Timer]] = {}
         self._listeners: dict[Address, list[Listener]] = {}
         self._handed: dict[str, list[socket.socket]] = {}  # systemd's sockets, by name
@@ -151,9 +152,17 @@ class Worker:
             self._controller = process
 
     def _start(self, message: Message) -> None:
-        command, _ = self._retries.get(message["spec"].get("name"), (0, None))
-        if command != message["id"]:  # else it was only said again
-            self._try_to_start(START_TRIES, message)
+        spec = DiskSpec.from_message(message["spec"])
+        command, _ = self._retries.get(spec.name, (0, None))
+        if command == message["id"]:  # it was only said again
+            return
+        begin = partial(self._try_to_start, START_TRIES)
+        self._forget_retry(spec.name)
+        if spec.name in self._disks:
+            begin(message)
+            return
+        waiting = await_storage(self._reactor, spec, lambda: self._run(begin, message))
+        self._retries[spec.name] = message["id"], waiting
 
     def _try_to_start(self, tries: int, message: Message) -> None:
         spec = DiskSpec.from_message(message["spec"])

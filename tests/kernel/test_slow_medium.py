@@ -128,3 +128,53 @@ disks:
         cached.go_on()
     running.await_line("disk cached: its storage kept a whole worker waiting for ")
     check_nothing_was_ended(running, worker)
+
+
+def test_a_disk_on_a_hanging_medium_starts_when_it_answers(
+    media: list[Medium], service: Start, tmp_path: Path
+) -> None:
+    _, direct, _ = media
+    direct.hang()
+    try:
+        running = service(
+            f"""
+disks:
+  direct: {{backend: file, path: {direct.path}, direct: true, device: /dev/nbd0}}
+  ram: {{backend: malloc, size: 16MiB, device: /dev/nbd1}}
+""",
+            await_ready=False,
+        )
+        running.await_line("disk direct waits for its storage, which does not answer")
+        running.await_state("ram", "online")
+        fio_verify("/dev/nbd1", "2M")
+    finally:
+        direct.go_on()
+    running.await_line("ready: 2 of 2 disks")
+    fio_verify("/dev/nbd0", "2M")
+    assert running.stop() == 0
+
+
+def test_a_device_that_is_slow_to_close_is_written_to_beside_the_worker(
+    media: list[Medium], service: Start, tmp_path: Path
+) -> None:
+    cached, _, _ = media
+    running = service(f"""
+disks:
+  cached: {{backend: file, path: {cached.path}, listen: 'unix:{tmp_path}/c'}}
+  ram: {{backend: malloc, size: 16MiB, device: /dev/nbd1}}
+""")
+    worker = running.workers()[0]
+    data = os.urandom(2 * MIB)
+    with Client(tmp_path / "c", "cached") as client:
+        cached.hang()
+        try:
+            client.write(0, data)
+            running.rpc("reactor_stop_disk", name="cached")
+            running.await_line(f"{cached.path} is closed, but still being written to")
+            fio_verify("/dev/nbd1", "2M")
+        finally:
+            cached.go_on()
+    running.rpc("reactor_start_disk", name="cached")
+    with Client(tmp_path / "c", "cached") as client:
+        assert client.read(0, 2 * MIB) == data
+    check_nothing_was_ended(running, worker)

@@ -1,0 +1,48 @@
+"""Waits for the storage of a disk that is to be opened, beside the loop: it may hang."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from backends import registry
+from reactor import background
+from reactor.errors import ReactorError, reason
+from reactor.log import logger
+from reactor.loop import Reactor, Timer
+from reactor.spec import DiskSpec
+
+PATIENCE_SECONDS: Final = 5.0  # after that the operator hears of it
+
+log = logger(__name__)
+
+
+def await_storage(reactor: Reactor, spec: DiskSpec, then: Callable[[], None]) -> Timer:
+    """Call `then` in the loop once the storage answers, or says that it is out of order.
+
+    Returns what cancels that.
+    """
+    call = Timer(0, then)
+    patience = reactor.call_later(
+        PATIENCE_SECONDS,
+        lambda: log.warning("disk %s waits for its storage, which does not answer", spec.name),
+    )
+
+    def go_on() -> None:
+        patience.cancel()
+        if call.function is not None:
+            call.function()
+
+    def wait() -> None:
+        try:
+            registry.backend(spec.backend).await_storage(spec.options)
+        except (OSError, ReactorError, MemoryError) as error:  # opening it will tell
+            log.debug("disk %s: %s", spec.name, reason(error))
+        finally:
+            reactor.call_from_thread(go_on)
+
+    try:
+        background.start(wait)
+    except OSError:
+        reactor.call_from_thread(go_on)
+    return call
