@@ -103,7 +103,6 @@ disks:
     check_nothing_was_ended(running, worker)
 
 
-@pytest.mark.xfail(strict=True, reason="the controller has yet to spare a worker whose state is D")
 def test_a_worker_that_waits_for_a_medium_is_reported_and_not_killed(
     media: list[Medium], service: Start, tmp_path: Path
 ) -> None:
