@@ -21,7 +21,8 @@ from tests.running import RunningService
 pytestmark = [pytest.mark.kernel, needs_drivers]
 Start = Callable[..., RunningService]
 
-HANG_SECONDS = 38.0  # longer than the controller waits for a worker
+HANG_SECONDS = 35.0
+BLOCKED_SECONDS = 16.0  # longer than the controller waits for a worker
 
 
 @pytest.fixture
@@ -119,13 +120,14 @@ disks:
             # Nothing waits yet that would tell: the page cache takes it, until it is full.
             client.submit(NBD_CMD_WRITE, 0, 16 * MIB, payload=os.urandom(16 * MIB))
             running.await_true(lambda: state(worker.pid) == "D")
-            time.sleep(HANG_SECONDS)
+            time.sleep(BLOCKED_SECONDS)
             cached.go_on()
             assert [error for _, error, _ in client.finish(1)] == [0]
             client.flush()
     finally:
         cached.go_on()
     running.await_line("disk cached: its storage kept a whole worker waiting for ")
+    assert running.log.count("waits for a medium for") == 1
     check_nothing_was_ended(running, worker)
 
 
