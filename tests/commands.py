@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +60,32 @@ def fio_verify(device: str, size: str = "16M", **settings: str) -> dict[str, Any
     return job
 
 
+@contextmanager
+def endless_writes(device: str, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
+    """fio that writes until it meets an error."""
+    endless = {"time_based": "1", "runtime": "200", "do_verify": "0", "verify": "0"}
+    fio = subprocess.Popen(
+        fio_verify_command(device, "32M", **endless, **settings),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield fio
+    finally:
+        fio.kill()
+        fio.wait()
+
+
+def ctl_command(runtime_dir: Path, *arguments: str) -> list[str]:
+    """Return an nbd-reactorctl."""
+    socket = str(runtime_dir / "rpc.sock")
+    return [sys.executable, "-m", "reactor.ctl", "--socket", socket, *arguments]
+
+
 def ctl(runtime_dir: Path, *arguments: str) -> str:
     """Run nbd-reactorctl."""
-    return run(
-        sys.executable,
-        *("-m", "reactor.ctl"),
-        *("--socket", str(runtime_dir / "rpc.sock")),
-        *arguments,
-    )
+    return run(*ctl_command(runtime_dir, *arguments))
 
 
 def attached(device: str) -> bool:

@@ -22,7 +22,7 @@ STOP_SECONDS = 60
 
 
 class RunningService:
-    """One service on its own runtime directory."""
+    """One service on its own runtime directory; `program` is where another version of it is."""
 
     def __init__(
         self,
@@ -31,6 +31,7 @@ class RunningService:
         *arguments: str,
         cores: str = "0",
         runtime_dir: Path | None = None,
+        program: Path | None = None,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
@@ -43,9 +44,15 @@ class RunningService:
         if config is not None:
             self.config_path.write_text(config)
             command += ["--config", str(self.config_path)]
+        environment = {**os.environ, **({"PYTHONPATH": str(program)} if program else {})}
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                cwd=program,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
             )
 
     @property

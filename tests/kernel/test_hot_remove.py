@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.commands import attached, ctl, fio_verify, fio_verify_command
+from tests.commands import attached, ctl, endless_writes, fio_verify
 from tests.running import RunningService
 
 pytestmark = pytest.mark.kernel
 Start = Callable[..., RunningService]
-
-
-@contextmanager
-def endless_writes(device: str) -> Iterator[subprocess.Popen[bytes]]:
-    """fio that writes until it meets an error."""
-    command = fio_verify_command(
-        device, "32M", time_based="1", runtime="200", do_verify="0", verify="0"
-    )
-    fio = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        yield fio
-    finally:
-        fio.kill()
-        fio.wait()
 
 
 def writes(running: RunningService, name: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import attached, fio_verify, run
+from tests.commands import fio_verify, run
 from tests.running import RunningService
 
 pytestmark = pytest.mark.kernel
@@ -82,18 +82,6 @@ def test_a_kept_device_takes_the_new_size_of_its_disk(service: Start, size: int)
     again.await_state("ram", "online")
     assert run("blockdev", "--getsize64", "/dev/nbd0").strip() == str(size * MIB)
     fio_verify("/dev/nbd0", "2M")
-
-
-def test_sixteen_disks_come_back_when_their_worker_is_killed(service: Start) -> None:
-    lines = "".join(f"  d{n}: {{backend: malloc, size: 4MiB, device: auto}}\n" for n in range(16))
-    running = service(f"disks:\n{lines}")
-    old = running.workers()[0]
-    old.kill()
-    running.await_true(lambda: running.workers().get(0, old) != old)
-    for disk in running.rpc("reactor_get_disks"):
-        device = running.await_state(disk["name"], "online")["device"]
-        assert attached(device)
-        run("dd", f"if={device}", "of=/dev/null", "bs=4k", "count=8", "iflag=direct")
 
 
 def test_workers_are_spared_under_memory_pressure(service: Start) -> None:
