@@ -16,7 +16,6 @@ from tests.running import RunningService
 Start = Callable[..., RunningService]
 
 MIB = 1 << 20
-KIB = 1 << 10
 END_SECONDS = 120
 DISKS = pytest.mark.parametrize("name", ["ram", "file"])
 
@@ -96,26 +95,27 @@ def qemu_options(folder: Path, name: str) -> str:
 
 @DISKS
 def test_qemu_io_with_a_reconnect_delay(crashes: Crashes, tmp_path: Path, name: str) -> None:
-    command = ("qemu-io", "--image-opts", f"{qemu_options(tmp_path, name)}")
-    harms = (crashes.worker_dies, crashes.controller_dies, crashes.all_die)
-    with program(*command) as (process, orders, answers):
-        written = []
-        for number, harm in enumerate((*harms, None)):
-            offset = number * 64 * KIB
-            orders.write(f"write -P {number + 1} {offset} 64k\n")
-            written.append(offset)
+    harms = (crashes.worker_dies, crashes.controller_dies, crashes.all_die, None)
+    options = qemu_options(tmp_path, name)
+    with program("qemu-io", "--image-opts", options) as (process, orders, answers):
+
+        def order(command: str, answer: str) -> None:
+            # One at a time: it waits for more to read, also while it has read more than a line.
+            orders.write(f"{command}\n")
             for line in answers:
                 assert "failed" not in line, line
-                if f"wrote {64 * KIB}/{64 * KIB} bytes at offset {offset}" in line:
-                    break
+                if answer in line:
+                    return
+            raise AssertionError(f"{command}: it has ended")
+
+        for number, harm in enumerate(harms):
+            order(f"write -P {number + 1} {number * MIB} 64k", "wrote 65536/65536 bytes")
             if harm is not None:
                 harm()
-        orders.write("".join(f"read -P {n + 1} {offset} 64k\n" for n, offset in enumerate(written)))
+        for number, _ in enumerate(harms):
+            order(f"read -P {number + 1} {number * MIB} 64k", "read 65536/65536 bytes")
         orders.write("quit\n")
-        rest = answers.read()
-        assert process.wait(END_SECONDS) == 0, rest
-        assert "Pattern verification failed" not in rest
-        assert rest.count(f"read {64 * KIB}/{64 * KIB} bytes") == len(written), rest
+        assert process.wait(END_SECONDS) == 0
 
 
 @DISKS

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.timeout(240)]
 Start = Callable[..., RunningService]
 
 MIB = 1 << 20
+FAR = "far: {backend: malloc, size: 16MiB, device: /dev/nbd2"
 
 
 def disks(folder: Path, attach: str) -> str:
@@ -41,7 +42,7 @@ def running(request: pytest.FixtureRequest, service: Start, tmp_path: Path) -> R
 @pytest.fixture
 def other(service: Start) -> RunningService:
     """Another service: its worker is as well as its devices."""
-    return service("disks: {far: {backend: malloc, size: 16MiB, device: /dev/nbd2}}")
+    return service(f"disks:\n  {FAR}}}\n")
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def hung_worker(running: RunningService) -> Iterator[subprocess.Popen[bytes]]:
     """Stop the worker with more in flight than its socket holds; yields the fio that waits."""
     with endless_writes("/dev/nbd0", bsrange="128k-128k", iodepth="128") as fio:
         running.await_true(lambda: in_flight() > 0)
-        worker = running.workers()[0]
+        worker = running.workers()[running.rpc("reactor_get_disks", name="hung")[0]["core"]]
         worker.suspend()
         running.await_true(is_stuck)
         yield fio
@@ -95,6 +96,22 @@ def test_its_disk_is_let_go(running: RunningService, other: RunningService, comm
         assert fio.wait(60) != 0, "fio must be told that its device is gone"
     running.await_state("near", "online")
     fio_verify("/dev/nbd1", "4M")
+
+
+@pytest.mark.smp
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("command", ["stop", "remove"])
+def test_disks_of_other_workers_go_on(service: Start, tmp_path: Path, command: str) -> None:
+    config = disks(tmp_path, "netlink, core: 1") + f"  {FAR}, core: 0}}\n"
+    running = service(config, cores="0-1")
+    with hung_worker(running) as fio:
+        letting_go = subprocess.Popen(ctl_command(running.runtime_dir, command, "hung"))
+        check_the_other_is_not_held_up(running, letting_go)
+        assert letting_go.wait() == 0, running.log
+        assert fio.wait(60) != 0
+    running.await_state("near", "online")
+    fio_verify("/dev/nbd1", "1M")
+    fio_verify("/dev/nbd2", "1M")
 
 
 def test_the_service_stops(running: RunningService, other: RunningService) -> None:
