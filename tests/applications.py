@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -197,15 +197,35 @@ def writing_to_ext4(devices: dict[str, Path]) -> Iterator[list[FsyncWriter]]:
 
 
 class KernelLog:
-    """What the kernel says from now on."""
+    """What the kernel says from now on, read as it comes: it keeps little."""
+
+    POLL_SECONDS = 0.2
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
         os.lseek(self._fd, 0, os.SEEK_END)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="kernel log")
+        self._thread.start()
 
-    def follow(self) -> None:
-        """Take what is new; often enough, or it is lost."""
+    def close(self) -> None:
+        """Take what it has said so far, and no more."""
+        self._ended.set()
+        self._thread.join()
+        self._take()
+        os.close(self._fd)
+
+    def check(self) -> None:
+        """Fail if it told of an error."""
+        wrong = [line for line in self.lines if is_trouble(line)]
+        assert not wrong, "\n".join(wrong)
+
+    def _follow(self) -> None:
+        while not self._ended.wait(self.POLL_SECONDS):
+            self._take()
+
+    def _take(self) -> None:
         while True:
             try:
                 record = os.read(self._fd, 8192).decode(errors="replace")
@@ -216,38 +236,29 @@ class KernelLog:
             else:
                 self.lines.append(record.partition(";")[2].partition("\n")[0])
 
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def check(self) -> None:
-        """Fail if it told of an error."""
-        self.follow()
-        wrong = [line for line in self.lines if is_trouble(line)]
-        assert not wrong, "\n".join(wrong)
-
 
 def is_trouble(line: str) -> bool:
-    return any(part in line for part in ("I/O error", "EXT4-fs error", "overwritten"))
+    if "overwritten" in line:
+        return True
+    return "nbd" in line and ("I/O error" in line or "EXT4-fs error" in line)
 
 
 @contextmanager
-def kernel_log() -> Iterator[KernelLog]:
-    """The kernel's log, which must tell of no I/O error."""
+def no_io_error() -> Iterator[None]:
+    """The kernel's log must tell of no I/O error meanwhile."""
     log = KernelLog()
     try:
-        yield log
-        log.check()
+        yield
     finally:
         log.close()
+    log.check()
 
 
-def await_all(
-    applications: Sequence[Application], moment: float, poll: Callable[[], None], seconds: float
-) -> None:
-    """Wait until each has done something that began after `moment`."""
-    deadline = time.monotonic() + seconds
+def await_all(applications: Sequence[Application], seconds: float) -> None:
+    """Wait until each has done something that began after now."""
+    moment = time.monotonic()
+    deadline = moment + seconds
     while not all(application.has_gone_on(moment) for application in applications):
         late = [a.name for a in applications if not a.has_gone_on(moment)]
         assert time.monotonic() < deadline, f"not heard of since: {', '.join(late)}"
-        poll()
         time.sleep(0.05)

@@ -90,12 +90,11 @@ class CrashingService:
             and not any(_lives(worker) for worker in self._struck)
         )
 
-    def await_overcome(self, poll: Callable[[], None], seconds: float) -> None:
+    def await_overcome(self, seconds: float) -> None:
         """Wait until it is."""
         deadline = time.monotonic() + seconds
         while not self.overcome():
             assert time.monotonic() < deadline, self.running.log
-            poll()
             time.sleep(0.1)
         self._struck.clear()
 

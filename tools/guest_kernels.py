@@ -66,6 +66,7 @@ def user_mode_linux(bed: Path, memory: int, disks: list[str], streams: list[int]
         "con=null",
         "con0=null,fd:1",  # kernel messages; the command's output has serial lines of its own
         "quiet",
+        "log_buf_len=4M",
         # t: discard punches holes in the image
         *(
             f"ubd{letter}t={Path(disk).absolute()}"
@@ -96,7 +97,8 @@ def qemu(bed: Path, memory: int, disks: list[str], streams: list[int], cpus: int
         *("-nographic", "-no-reboot", "-nic", "none", "-monitor", "none"),
         *("-kernel", str(kernel / "vmlinuz"), "-initrd", str(initramfs)),
         "-append",
-        f"console=ttyS0 quiet panic=-1 rdinit=/init mitigations=off TOOLS={TOOLS} BED={bed}",
+        "console=ttyS0 quiet log_buf_len=4M panic=-1 rdinit=/init mitigations=off"
+        f" TOOLS={TOOLS} BED={bed}",
         "-virtfs",
         "local,path=/,mount_tag=rootfs,security_model=none,multidevs=remap",
         *("-device", "virtio-serial"),

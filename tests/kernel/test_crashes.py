@@ -1,6 +1,6 @@
 """Any process dies at any moment: nothing that was acknowledged is lost, and nobody sees an error.
 
-Twelve crashes by default, 50 with NBD_REACTOR_CRASHES=50 (six minutes). Which they are, in what order
+Ten crashes by default, 50 with NBD_REACTOR_CRASHES=50 (six minutes). Which they are, in what order
 and when follows from the seed that is told.
 """
 
@@ -22,12 +22,11 @@ import pytest
 from reactor import __version__
 from tests.applications import (
     Application,
-    KernelLog,
     Reader,
     Verifier,
     await_all,
     busy,
-    kernel_log,
+    no_io_error,
     writing_to_ext4,
 )
 from tests.commands import attached
@@ -35,7 +34,7 @@ from tests.conftest import SEED
 from tests.crashing import CrashingService, strikes
 from tests.running import STOP_SECONDS, RunningService
 
-CRASHES = int(os.environ.get("NBD_REACTOR_CRASHES", "12"))
+CRASHES = int(os.environ.get("NBD_REACTOR_CRASHES", "10"))
 RESTARTS = 4
 OVERCOME_SECONDS = 120.0
 NEXT_VERSION = "999.0.0"
@@ -88,19 +87,19 @@ class Stalls:
 
 
 @contextmanager
-def applications(folder: Path) -> Iterator[tuple[list[Application], KernelLog]]:
-    """Applications on all four disks; yields those whose stalls count, and the kernel's log."""
+def applications(folder: Path) -> Iterator[list[Application]]:
+    """Applications on all four disks; yields those whose stalls count."""
     mounts = {device: folder / f"mount{number}" for number, device in enumerate(EXT4)}
-    with kernel_log() as log, writing_to_ext4(mounts) as writers:
+    with no_io_error(), writing_to_ext4(mounts) as writers:
         readers = [Reader(device) for device in FIO]
         with busy([*readers, *writers, *map(Verifier, FIO)]):
-            await_all([*readers, *writers], time.monotonic(), log.follow, OVERCOME_SECONDS)
-            yield [*readers, *writers], log
+            await_all([*readers, *writers], OVERCOME_SECONDS)
+            yield [*readers, *writers]
 
 
-def longest_stall(observers: Sequence[Application], log: KernelLog, began: float) -> float:
+def longest_stall(observers: Sequence[Application], began: float) -> float:
     """Wait until all have gone on; returns for how long one of them waited at most."""
-    await_all(observers, time.monotonic(), log.follow, OVERCOME_SECONDS)
+    await_all(observers, OVERCOME_SECONDS)
     return max(observer.stall(began) for observer in observers)
 
 
@@ -111,7 +110,7 @@ def test_crashes_are_not_noticed(service: Start, tmp_path: Path, tell: Tell) -> 
     stalls = Stalls()
     planned = strikes(CRASHES, SEED)
     tell(f"NBD_REACTOR_SEED={SEED} NBD_REACTOR_CRASHES={CRASHES}")
-    with applications(tmp_path) as (observers, log):
+    with applications(tmp_path) as observers:
         began = time.monotonic()
         for strike, following in zip(planned, [*planned[1:], None], strict=True):
             time.sleep(strike.pause)
@@ -120,9 +119,9 @@ def test_crashes_are_not_noticed(service: Start, tmp_path: Path, tell: Tell) -> 
             crashing.strike(strike.kind)
             if following is not None and following.hasty:
                 continue
-            crashing.await_overcome(log.follow, OVERCOME_SECONDS)
+            crashing.await_overcome(OVERCOME_SECONDS)
             kind = "several in a row" if strike.hasty else strike.kind
-            stalls.add(kind, longest_stall(observers, log, began))
+            stalls.add(kind, longest_stall(observers, began))
     check_stop(crashing.running)
     for line in stalls.lines():
         tell(line)
@@ -133,13 +132,13 @@ def test_sixteen_disks_of_a_killed_worker(service: Start, tell: Tell) -> None:
     crashing = CrashingService(lambda: service(f"disks:\n{lines}"))
     devices = [disk["device"] for disk in crashing.running.rpc("reactor_get_disks")]
     readers, stalls = [Reader(device) for device in devices], Stalls()
-    with kernel_log() as log, busy(readers):
+    with no_io_error(), busy(readers):
         for _ in range(3):
-            await_all(readers, time.monotonic(), log.follow, OVERCOME_SECONDS)
+            await_all(readers, OVERCOME_SECONDS)
             began = time.monotonic()
             crashing.strike("worker killed")
-            crashing.await_overcome(log.follow, OVERCOME_SECONDS)
-            await_all(readers, time.monotonic(), log.follow, OVERCOME_SECONDS)
+            crashing.await_overcome(OVERCOME_SECONDS)
+            await_all(readers, OVERCOME_SECONDS)
             for reader in readers:
                 stalls.add("one of 16 disks, worker killed", reader.stall(began))
     for line in stalls.lines():
@@ -149,13 +148,13 @@ def test_sixteen_disks_of_a_killed_worker(service: Start, tell: Tell) -> None:
 def test_restarts_that_keep_the_devices(service: Start, tmp_path: Path, tell: Tell) -> None:
     disks, stalls, keep = config(tmp_path), Stalls(), ("--on-exit", "keep")
     running = service(disks, *keep)
-    with applications(tmp_path) as (observers, log):
+    with applications(tmp_path) as observers:
         for options in (*[keep] * (RESTARTS - 1), ()):
             began = time.monotonic()
             running.process.terminate()
             assert running.process.wait(STOP_SECONDS) == 0, running.log
             running = service(disks, *options, runtime_dir=running.runtime_dir)
-            stalls.add("restarted with --on-exit keep", longest_stall(observers, log, began))
+            stalls.add("restarted with --on-exit keep", longest_stall(observers, began))
     check_stop(running)
     for line in stalls.lines():
         tell(line)
@@ -165,14 +164,14 @@ def test_another_version_takes_over(service: Start, tmp_path: Path, tell: Tell) 
     """What follows a controller that died may be a newer version, or an older one again."""
     disks, stalls = config(tmp_path), Stalls()
     running = service(disks)
-    with applications(tmp_path) as (observers, log):
+    with applications(tmp_path) as observers:
         for program in (next_version(tmp_path / "next"), None):
             began = time.monotonic()
             running.process.kill()
             running.process.wait()
             running = service(disks, runtime_dir=running.runtime_dir, program=program)
             running.await_true(partial(all_run_from, running, program))
-            stalls.add("another version started", longest_stall(observers, log, began))
+            stalls.add("another version started", longest_stall(observers, began))
             version = running.rpc("reactor_get_status")["version"]
             assert version == (NEXT_VERSION if program else __version__)
     check_stop(running)

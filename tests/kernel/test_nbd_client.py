@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.commands import attached, run
@@ -40,8 +42,12 @@ class NbdClient:
         self._process.wait(60)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, **quiet)
+        null = subprocess.DEVNULL
+        return subprocess.Popen(self._command, stdin=null, stdout=null, stderr=null)
+
+
+def has_another_worker(running: RunningService, old: psutil.Process) -> bool:
+    return running.workers().get(0, old) != old
 
 
 def test_its_device_comes_back(service: Start, tmp_path: Path) -> None:
@@ -55,7 +61,7 @@ def test_its_device_comes_back(service: Start, tmp_path: Path) -> None:
             run("dd", f"if={data}", "of=/dev/nbd0", "bs=1M", "oflag=direct")
             old = running.workers()[0]
             old.kill()
-            running.await_true(lambda old=old: running.workers().get(0, old) != old)
+            running.await_true(partial(has_another_worker, running, old))
             running.await_state("ram", "online")
             running.await_true(client.is_attached)
             run("cmp", "-n", str(4 * MIB), str(data), "/dev/nbd0")
