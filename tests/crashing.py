@@ -12,9 +12,8 @@ import psutil
 
 from tests.running import RunningService
 
-#: What is done to the service, and how often in a hundred.
+#: What is done to the service, and how often in a hundred; of the rest, a worker is killed.
 KINDS = {
-    "worker killed": 36,
     "controller killed": 28,
     "both killed": 24,
     "worker hung": 8,
@@ -39,6 +38,7 @@ def strikes(count: int, seed: int) -> list[Strike]:
     """Return what happens to the service, in an order that `seed` decides."""
     chance = random.Random(seed)
     left = {kind: max(1, round(count * share / 100)) for kind, share in KINDS.items()}
+    left["worker killed"] = max(0, count - sum(left.values()))
     drawn: list[Strike] = []
     in_a_row = 0
     while len(drawn) < count:
@@ -61,7 +61,7 @@ class CrashingService:
         self._struck: list[psutil.Process] = []
 
     def strike(self, kind: str) -> None:
-        """Do to it what one of `KINDS` says."""
+        """Do to it what the name of a kind says."""
         for worker in workers():
             with suppress(psutil.NoSuchProcess):  # it is just ending by itself
                 if "worker hung" in kind:
@@ -110,5 +110,5 @@ def workers() -> Iterator[psutil.Process]:
     """Return all workers on this machine, also those that are just starting."""
     for process in psutil.process_iter(["cmdline"]):
         title = " ".join(process.info["cmdline"] or [])
-        if title.startswith("nbd-reactor: worker") or " reactor.data.worker " in title:
+        if title.startswith("nbd-reactor: worker") or " -m reactor.data" in title:
             yield process
