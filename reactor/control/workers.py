@@ -14,7 +14,7 @@ from reactor.loop import Timer
 from reactor.messages import Message
 
 START_SECONDS: Final = 60.0  # from exec to hello
-ADOPT_SECONDS: Final = 20.0  # ... from the first inquiry, while what a dead controller began ends
+ADOPT_SECONDS: Final = 20.0  # for which a living one may end what a dead controller began
 INQUIRE_SECONDS: Final = 0.1  # until it is connected
 INQUIRE_AGAIN_SECONDS: Final = 1.0
 SILENCE_SECONDS: Final = 5.0  # without heartbeat a worker is not trusted to read its sockets
@@ -108,21 +108,21 @@ class WorkerProcess:
     def adopt(self, process: Process) -> None:
         """Take over a living worker, with all that it has, from a controller that died."""
         log.info("worker core %d (pid %d) lives and is taken over", self.core, process.pid)
-        self._begin(process, ADOPT_SECONDS)
+        self._begin(process, HANG_SECONDS)
         self._inquire_until_heard(process)
 
     def replace(self, process: Process) -> None:
         """Have a worker that is not as ours are finish what it does, and start one in its place."""
         log.info("worker core %d (pid %d) is replaced by one of today", self.core, process.pid)
         self._replacing = True
-        self._begin(process, ADOPT_SECONDS)
+        self._begin(process, HANG_SECONDS)
         process.send_signal(signal.SIGTERM)
 
     def retire(self, process: Process) -> None:
         """Have a worker finish what it does and end."""
         log.info("worker core %d (pid %d) ends: the core is not ours now", self.core, process.pid)
         self._stopping = True
-        self._begin(process, ADOPT_SECONDS)
+        self._begin(process, HANG_SECONDS)
         process.send_signal(signal.SIGTERM)
 
     def _begin(self, process: Process, start_seconds: float) -> None:
@@ -143,6 +143,8 @@ class WorkerProcess:
         """Note a sign of life; returns whether the message says something of disks."""
         kind = message["type"]
         if self._replacing or (self.state != "running" and kind != "hello"):
+            if self._lived() < ADOPT_SECONDS:
+                self._heard_ns = self._reactor.clock()
             return False  # it was said to another controller
         self._heard_ns = self._reactor.clock()
         self._blocked = False
@@ -239,6 +241,9 @@ class WorkerProcess:
 
     # --- its death ---
 
+    def _lived(self) -> float:
+        return (self._reactor.clock() - self._started_ns) / 1e9
+
     def _silence(self) -> float:
         return (self._reactor.clock() - self._heard_ns) / 1e9
 
@@ -253,8 +258,8 @@ class WorkerProcess:
             self.spawn()
         else:
             log.error("worker core %d %s", self.core, _how_it_ended(status))
-            lived = (self._reactor.clock() - self._started_ns) / 1e9
-            self._plan_respawn(quickly=lived < STEADY_SECONDS, hopeless=status == BOOT_FAILURE)
+            quickly = self._lived() < STEADY_SECONDS
+            self._plan_respawn(quickly=quickly, hopeless=status == BOOT_FAILURE)
         self._on_change(self)
 
     def _plan_respawn(self, *, quickly: bool, hopeless: bool = False) -> None:

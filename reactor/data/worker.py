@@ -36,7 +36,7 @@ RETRIED: Final = (errno.EBUSY, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 START_RETRY_SECONDS: Final = 0.1
 START_TRIES: Final = 50
 DRAIN_SECONDS: Final = 10.0
-QUIET_SECONDS: Final = 0.05  # until it is looked again whether all that is under way has ended
+AGAIN_SECONDS: Final = 0.05  # until what is not so yet is looked at again
 
 log = logger(__name__)
 
@@ -84,7 +84,7 @@ class Worker:
 
     def _end_when_stopped(self) -> None:
         if self._disks:
-            self._reactor.call_later(QUIET_SECONDS, self._end_when_stopped)
+            self._reactor.call_later(AGAIN_SECONDS, self._end_when_stopped)
         else:
             self._reactor.stop()
 
@@ -138,7 +138,7 @@ class Worker:
             self._say_hello(inquiry)
             self._inquiry = 0
         else:
-            self._reactor.call_later(QUIET_SECONDS, lambda: self._answer(inquiry))
+            self._reactor.call_later(AGAIN_SECONDS, lambda: self._answer(inquiry))
 
     def _welcome(self, message: Message) -> None:
         self._meet(message["controller"])
@@ -283,7 +283,9 @@ class Worker:
             if (counters := served.changed_statistics()) is not None
         }
         if not self._welcomed:
-            self._say_hello(0)
+            if not self._say_hello(0):  # the bus is not connected yet
+                again.cancel()
+                self._reactor.call_later(AGAIN_SECONDS, self._heartbeat)
             return
         if not changed:
             again.cancel()
@@ -305,10 +307,12 @@ class Worker:
         wait = seconds - self._reactor.clock() / 1e9 % HEARTBEAT_SECONDS
         return self._reactor.call_later(wait, self._heartbeat)
 
-    def _say_hello(self, inquiry: int) -> None:
+    def _say_hello(self, inquiry: int) -> bool:
         reports = [served.report() for served in self._disks.values()]
-        self._bus.send("hello", id=inquiry, core=self._core, pid=os.getpid(), disks=reports)
+        fields = {"core": self._core, "pid": os.getpid(), "disks": reports}
+        sent = self._bus.send("hello", id=inquiry, **fields)
         self._bus.events = 0
+        return sent
 
     def _on_removed(self, served: ServedDisk, why: str) -> None:
         self._unlisten(served)
