@@ -63,6 +63,8 @@ class _Socket:
             frames = self._socket.recv_multipart(zmq.NOBLOCK)
             try:
                 self._received(frames)
+            except MemoryError:
+                log.error("a control message could not be handled: out of memory")
             except Exception:
                 # A bug, but what follows must be received: the descriptor tells of it only once.
                 log.exception("a control message could not be handled")

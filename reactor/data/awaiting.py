@@ -7,7 +7,7 @@ from typing import Final
 
 from backends import registry
 from reactor import background
-from reactor.errors import ReactorError, reason
+from reactor.errors import reason
 from reactor.log import logger
 from reactor.loop import Reactor, Timer
 from reactor.spec import DiskSpec
@@ -36,7 +36,7 @@ def await_storage(reactor: Reactor, spec: DiskSpec, then: Callable[[], None]) ->
     def wait() -> None:
         try:
             registry.backend(spec.backend).await_storage(spec.options)
-        except (OSError, ReactorError, MemoryError) as error:  # opening it will tell
+        except Exception as error:  # noqa: BLE001 - opening it will tell
             log.debug("disk %s: %s", spec.name, reason(error))
         finally:
             reactor.call_from_thread(go_on)

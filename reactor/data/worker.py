@@ -105,6 +105,14 @@ class Worker:
 
     def _run(self, handler: Callable[[Message], None], message: Message) -> None:
         try:
+            self._try(handler, message)
+        except MemoryError:
+            # A command without an answer holds up its disk for a minute; the next worker is soon.
+            log.critical("no memory to answer the controller: this worker ends")
+            self._reactor.stop()
+
+    def _try(self, handler: Callable[[Message], None], message: Message) -> None:
+        try:
             handler(message)
         except (OSError, ReactorError, MemoryError) as error:
             self._failed(message, error)
