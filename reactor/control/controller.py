@@ -44,6 +44,7 @@ class Controller:
         handed: Mapping[str, Sequence[socket]],  # systemd's listening sockets
     ) -> None:
         self.started_at = time.time()
+        self.started_ns = platform.reactor.clock()
         self.exit_status = 0
         self.reactor = platform.reactor
         self._options = options

@@ -27,6 +27,8 @@ from reactor.messages import Message
 from reactor.spec import DiskSpec
 
 RESIZE_RETRY_SECONDS: Final = 0.2
+SHORTAGE_SECONDS: Final = 1.0
+SHORTAGES: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 log = logger(__name__)
 
@@ -87,6 +89,7 @@ class DiskControl:
         self._waiting: list[Done] = []
         self._attaching: Callable[[str | Exception], None] | None = None
         self._resize: Resize | None = None
+        self._short_since_ns = 0  # of memory or descriptors
 
     # --- what front ends ask ---
 
@@ -418,9 +421,20 @@ class DiskControl:
     # --- waiting and answering ---
 
     def _on_failed(self, error: Exception) -> None:
-        if self.failure is None:
+        if self._may_wait(error):
+            log.warning("disk %s waits: %s", self.spec.name, reason(error))
+            self._errand.pause(SHORTAGE_SECONDS)
+        elif self.failure is None:
             log.error("disk %s failed: %s", self.spec.name, reason(error))
             self.failure = error
+
+    def _may_wait(self, error: Exception) -> bool:
+        """Whether a device's users should wait, as long as the kernel does, for what is short."""
+        if self.path is None or getattr(error, "errno", None) not in SHORTAGES:
+            return False
+        self._short_since_ns = self._short_since_ns or self._host.platform.reactor.clock()
+        waited = self._host.platform.reactor.clock() - self._short_since_ns
+        return waited < self.spec.dead_timeout * 1e9
 
     def _on_link_failed(self, error: Exception) -> None:
         """Fail the disk; but a device that was asked for at run time fails alone."""
@@ -441,6 +455,7 @@ class DiskControl:
             self._again_online = False
             self.want("online")
             return
+        self._short_since_ns = 0
         if self.settled:
             return
         self.settled = True

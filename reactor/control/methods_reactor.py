@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections import Counter
 from typing import Any, Final
 
@@ -51,7 +50,7 @@ class ReactorMethods:
                 "version": __version__,
                 "pid": os.getpid(),
                 "started_at": self._service.started_at,
-                "uptime": max(0.0, time.time() - self._service.started_at),
+                "uptime": (self._service.reactor.clock() - self._service.started_ns) / 1e9,
                 "workers": dict(Counter(worker.state for worker in self._service.workers())),
                 "disks": dict(Counter(disk.state for disk in self._service.disks())),
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 from contextlib import ExitStack
 from typing import Final
@@ -37,6 +38,8 @@ def run(options: Options) -> int:
     # way that they end this process.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     specs = _read_config(options)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each disk and worker needs some
     # While a worker is dead, I/O on its devices waits for this process to start another.
     pressure.prepare()
     if options.lock_memory:

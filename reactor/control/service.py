@@ -50,6 +50,7 @@ class Service(Protocol):
 
     reactor: Reactor
     started_at: float  # seconds since the epoch
+    started_ns: int  # by the reactor's clock, which nobody sets
 
     def disks(self) -> list[DiskStatus]:
         """Return every disk, in the order of their creation."""

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from reactor.control.platform import Bus, Platform, Process
 from reactor.control.service import WorkerStatus
+from reactor.errors import reason
 from reactor.log import logger
 from reactor.loop import Timer
 from reactor.messages import Message
@@ -23,6 +24,8 @@ ABORT_SECONDS: Final = 2.0  # from SIGABRT (stack dump) to SIGKILL
 BACKOFF_SECONDS: Final = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0)
 STEADY_SECONDS: Final = 60.0  # a worker that lived so long starts its back-off anew
 BOOT_FAILURE: Final = 3  # exit status: starting again will not help
+SHORTAGE: Final = 4  # exit status: of something that there may be later
+SHORTAGE_SECONDS: Final = 1.0
 
 State: TypeAlias = Literal["starting", "running", "waiting", "failed"]
 
@@ -61,6 +64,7 @@ class WorkerProcess:
         self._started_ns = 0
         self._start_seconds = START_SECONDS
         self._quick_deaths = 0
+        self._short = False  # of memory or descriptors, and that was said
         self._aborted = False
         self._blocked = False  # a medium that it waits for was reported
         self._respawn: Timer | None = None
@@ -98,9 +102,10 @@ class WorkerProcess:
         self.unknown = False
         try:
             process = self._platform.launch(self.core)
-        except OSError as error:
-            log.error("worker core %d cannot be started: %s", self.core, error)
-            self._plan_respawn(quickly=True)
+        except (OSError, MemoryError) as error:
+            if not self._short:
+                log.error("worker core %d cannot be started yet: %s", self.core, reason(error))
+            self._await_resources()
             self._on_change(self)
             return
         self._begin(process, START_SECONDS)
@@ -163,6 +168,7 @@ class WorkerProcess:
     def _greet(self, message: Message) -> None:
         self._bus.send(self._identity, "welcome", controller=self._platform.pid)
         came = self.state == "starting"
+        self._short = False
         if not came and not message["id"]:
             return  # it has not heard that it is welcome
         self.unknown = False
@@ -258,9 +264,19 @@ class WorkerProcess:
             self.spawn()
         else:
             log.error("worker core %d %s", self.core, _how_it_ended(status))
+            if status == SHORTAGE:
+                self._await_resources()
+                self._on_change(self)
+                return
             quickly = self._lived() < STEADY_SECONDS
             self._plan_respawn(quickly=quickly, hopeless=status == BOOT_FAILURE)
         self._on_change(self)
+
+    def _await_resources(self) -> None:
+        """Try again for as long as it takes: nothing is wrong with the worker."""
+        self._short = True
+        self.state = "waiting"
+        self._respawn = self._reactor.call_later(SHORTAGE_SECONDS, self.spawn)
 
     def _plan_respawn(self, *, quickly: bool, hopeless: bool = False) -> None:
         self._quick_deaths = self._quick_deaths + 1 if quickly else 1

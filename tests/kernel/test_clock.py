@@ -67,7 +67,6 @@ disks:
     assert running.stop() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the controller has yet to count it by a monotonic clock")
 def test_the_uptime_does_not_jump(service: Start, jump: Callable[[float], None]) -> None:
     running = service()
     before = running.rpc("reactor_get_status")["uptime"]

@@ -26,6 +26,7 @@ class MemoryService:
     def __init__(self, reactor: Reactor) -> None:
         self.reactor = reactor
         self.started_at = time.time()
+        self.started_ns = time.monotonic_ns()
         self.held: list[Callable[[], None]] | None = None
         self.errors: dict[str, Exception] = {}  # what the next call of this name ends with
         self._disks: dict[str, DiskStatus] = {}
