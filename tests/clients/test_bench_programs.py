@@ -181,6 +181,21 @@ def test_verify_finds_a_disk_that_forgets(
     assert "did not return what was written" in done.stderr
 
 
+def test_what_is_wrong_only_when_it_is_read_back_fails_the_verification(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from loads import verify  # noqa: PLC0415
+    from servers import BenchError, Place, Server  # noqa: PLC0415
+
+    program = tmp_path / "load"
+    program.write_text("#!/bin/sh\necho ready\nread run\necho '{}'\necho lost >&2\nexit 1\n")
+    program.chmod(0o755)
+    server = Server("fake", "memory", Place(tmp_path, tmp_path, SIZE, 0, None), os.getpid())
+    with pytest.raises(BenchError, match="lost"):
+        verify(program, min(os.sched_getaffinity(0)), server)
+
+
 def test_a_failed_request_ends_the_generator(
     program: Callable[[str], Path], serve: Callable[..., Path]
 ) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +28,8 @@ def measure_fairness(
 ) -> dict[str, Measures]:
     """Return the requests and latencies in us of a reader of 4 KiB at depth 1, by neighbours.
 
-    `server` runs `servers.reactor_with_many_disks`: all its disks belong to one worker.
+    `server` runs `servers.reactor_with_many_disks`: all its disks belong to one worker. Raises
+    BenchError when the reader or a neighbour fails.
     """
     return {
         name: _read_beside(program, core, server, options, seconds)
@@ -54,11 +56,10 @@ def _read_beside(
             connect(number, [*options, f"--seconds={busy}"])
             for number, options in enumerate(neighbours, 1)
         ]
-        threads = [threading.Thread(target=writer.run, args=(busy,)) for writer in writers]
-        for thread in threads:
-            thread.start()
-        threading.Event().wait(seconds * SETTLING)
-        told = reader.run(seconds)
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(writers) + 1) as pool:
+            written = [pool.submit(writer.run, busy) for writer in writers]
+            time.sleep(seconds * SETTLING)
+            told = reader.run(seconds)
+        for each in written:
+            each.result()
     return {name: told[name] for name in ("requests", "p50_us", "p99_us", "p99.9_us")}

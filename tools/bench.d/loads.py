@@ -36,6 +36,7 @@ class Generator:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._said = ""
 
     @property
     def pid(self) -> int:
@@ -57,10 +58,15 @@ class Generator:
     def close(self) -> None:
         """Disconnect."""
         try:
-            self._process.communicate(timeout=PATIENCE_SECONDS)
+            _, self._said = self._process.communicate(timeout=PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
+
+    def check(self) -> None:
+        """Raise BenchError when what came after its run failed; it is closed."""
+        if self._process.returncode:
+            raise BenchError(self._said.strip() or "the load did not end")
 
     def _line(self, seconds: float) -> str:
         assert self._process.stdout is not None
@@ -97,6 +103,7 @@ def verify(program: Path, core: int, server: Server) -> None:
     options = [*options_of(VERIFIED, f"--seconds={VERIFIED_SECONDS}"), "--verify"]
     with connected(program, core, server, options) as generator:
         generator.run(VERIFIED_SECONDS)
+    generator.check()  # it reads back what is there after it has told the result
 
 
 def by_generator(

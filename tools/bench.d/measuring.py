@@ -275,6 +275,12 @@ class _Bench:
 
     def load_server(self, server: Server, case: Case) -> Measures:
         """Load one server once."""
+        measured = self._load_server(server, case)
+        if not processes.tree(server.pid):  # its children may serve on, but cost nothing here
+            raise BenchError("it has died")
+        return measured
+
+    def _load_server(self, server: Server, case: Case) -> Measures:
         plan = self.plan
         if case.load == "fio":
             target = ["--ioengine=nbd", f"--uri={server.uri}", f"--size={plan.size}"]
@@ -345,9 +351,12 @@ class _Bench:
         time.sleep(self.plan.idle_seconds)
         for name, pid in pids.items():
             after = processes.cpu_seconds_of_each(pid)
+            if not after:
+                self.note(f"idle: {name}: it has died")
+                continue
             used = [
                 (seconds - before[name].get(each, 0.0)) / self.plan.idle_seconds
                 for each, seconds in after.items()
             ]
             self.results.idle[name] = sum(used)
-            self.results.idle_busiest[name] = max(used, default=0.0)
+            self.results.idle_busiest[name] = max(used)

@@ -30,9 +30,11 @@ def pinned(core: int, *command: str) -> list[str]:
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """Return the process `pid` and all that descend from it."""
+    """Return the process `pid` and all that descend from it; nothing when it has ended."""
     try:
         root = psutil.Process(pid)
+        if root.status() == psutil.STATUS_ZOMBIE:
+            return []
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []

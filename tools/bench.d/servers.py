@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +19,9 @@ from typing import Final
 
 import processes
 import psutil
+
+from backends import sharedmemory
+from reactor.control.runtime import RuntimeDir
 
 HERE: Final = Path(__file__).parent
 EXPORT: Final = "bench"
@@ -213,6 +218,20 @@ def running(
     finally:
         processes.stop(processes.tree(pid))
         started.wait()
+        if (place.folder / "run/instance").exists():
+            _end_what_outlived_it(place)
+
+
+def _end_what_outlived_it(place: Place) -> None:
+    """End the workers of a controller of ours that was killed, and remove their memory disks."""
+    runtime = RuntimeDir(place.folder / "run")
+    for worker in runtime.surviving_workers():
+        signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+        select.select([worker.pidfd], [], [], processes.STOP_SECONDS)
+        os.close(worker.pidfd)
+    for disk in sharedmemory.names(runtime.instance):
+        sharedmemory.shared_memory(disk, runtime.instance).unlink()
+    runtime.close()
 
 
 def _await(name: str, place: Place, started: subprocess.Popen[bytes], log: Path) -> None:
