@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import goals
 from points import COUNTED, COUNTS, LARGE, MIXED, SMALL, Case
 from results import Results, ratios
 from servers import FLOOR
@@ -19,6 +20,8 @@ KIND_NAMES: Final = {
     "direct": "file, O_DIRECT",
     "python": "20 lines of Python",
 }
+#: What loads other than the batched one are called.
+LOAD_NAMES: Final = {"apart": "header and payload apart", "fio": "fio"}
 COUNTED_HEADS: Final = {
     "syscalls": "system calls",
     "allocations": "allocations",
@@ -45,7 +48,7 @@ def as_markdown(results: Results, picture: str | None) -> str:
     if picture:
         parts.append(f"![IOPS over requests in flight, for each server]({picture})")
     parts += [_iops_on_memory(results), _details(results), _iops_on_others(results)]
-    parts += [_resting(results), _fairness(results), _counts(results)]
+    parts += [_resting(results), _fairness(results), _counts(results), _goals(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -61,12 +64,13 @@ def _about(results: Results) -> str:
 
 def _iops_on_memory(results: Results) -> str:
     cases = [Case("memory", "batched", point) for point in (*SMALL, *LARGE, *MIXED)]
-    cases += [Case("memory", "fio", point) for point in SMALL]
+    cases += [Case("memory", load, point) for load in ("apart", "fio") for point in SMALL]
     return _iops(results, "IOPS on a memory disk", cases)
 
 
 def _iops_on_others(results: Results) -> str:
-    cases = [case for kind in KIND_NAMES for case in _deep(kind, "batched")]
+    cases = [Case("file", "batched", point) for point in (*SMALL, *LARGE) if point.depth in {8, 32}]
+    cases += [case for kind in ("direct", "python") for case in _deep(kind, "batched")]
     return _iops(results, "IOPS on other disks", cases)
 
 
@@ -90,7 +94,7 @@ def _iops(results: Results, head: str, cases: Sequence[Case]) -> str:
 
 
 def _described(case: Case) -> str:
-    words = [KIND_NAMES.get(case.kind, ""), "fio" * (case.load == "fio"), case.point.description]
+    words = [KIND_NAMES.get(case.kind), LOAD_NAMES.get(case.load), case.point.description]
     return ": ".join(filter(None, words))
 
 
@@ -108,6 +112,8 @@ def _details(results: Results) -> str:
         for row in results.at(case).values()
     ]
     heads = ["memory disk", "MB/s", "p50 us", "p99 us", "p99.9 us", "CPU us", "system calls"]
+    by = results.about.get("syscalls_counted_by")
+    heads[-1] += f", counted by {by}" * bool(by)
     return _table(heads, lines) if lines else ""
 
 
@@ -141,6 +147,15 @@ def _counts(results: Results) -> str:
         if found:
             lines.append([point.description, *cells])
     return _table(["counted for a request", *COUNTED_HEADS.values()], lines) if lines else ""
+
+
+def _goals(results: Results) -> str:
+    """Tell how many goals were met, and which were not."""
+    found = [each for each in goals.verdicts(results) if each.met is not None]
+    missed = [each for each in found if not each.met]
+    lines = [[each.goal, each.wanted, f"{each.found:{each.form}}"] for each in missed]
+    said = f"{len(found) - len(missed)} of {len(found)} goals were met."
+    return f"{said} Missed:\n\n{_table(['goal', 'wanted', 'found'], lines)}" if lines else said
 
 
 def _deep(kind: str, load: str) -> Iterator[Case]:
