@@ -27,6 +27,7 @@ MAP_LOCKED = 0x2000  # include/uapi/asm-generic/mman.h
 FREE = 100 * MIB  # what the tests leave of a machine's memory
 FREE_FOR_SWAP = 60 * MIB
 SWAPPED_PAGES = 2000  # so many, and the swapping is well under way
+HOG_SECONDS = 50
 WRITTEN = 16 * MIB
 BEGUN_MAX = 3  # of 128 KiB each; with 4 MiB of socket buffer they are 54
 
@@ -111,19 +112,40 @@ def spares(running: RunningService) -> list[int]:
     return [pid for pid, title in titles.items() if title.startswith("nbd-reactor: spare")]
 
 
-def test_swap_on_a_device(service: Start) -> None:
-    running = service(disk(direct=True), "--lock-memory")
+@contextmanager
+def swapping(running: RunningService) -> Iterator[None]:
+    """Have the machine swap to the device of a service; what is swapped out comes back whole."""
     running.await_true(lambda: bool(spares(running)))
     hog_size = FREE_FOR_SWAP // MIB + 30
     with swap("/dev/nbd0"), little_memory(FREE_FOR_SWAP), memory_hog(hog_size) as hog:
         before = pages("pswpout")
         running.await_true(lambda: pages("pswpout") - before > SWAPPED_PAGES)
-        output, _ = hog.communicate(timeout=120)
+        yield
+        output, _ = hog.communicate(timeout=HOG_SECONDS)
         assert hog.returncode == 0, output.decode()
-    assert running.rpc("reactor_get_workers")[0]["restarts"] == 0
     assert "lost a connection" not in running.log
     assert of(running.workers()[0].pid, "VmSwap") == "0 kB"
     assert of(running.process.pid, "VmSwap") == "0 kB"
+
+
+def test_swap_on_a_device(service: Start) -> None:
+    running = service(disk(direct=True), "--lock-memory")
+    with swapping(running):
+        pass
+    assert running.rpc("reactor_get_workers")[0]["restarts"] == 0
+
+
+def test_swap_on_a_device_whose_worker_dies(service: Start) -> None:
+    # Should nobody come in its place, the machine stands still, until tools/kernel ends it.
+    running = service(disk(direct=True), "--lock-memory")
+    running.await_true(lambda: bool(spares(running)))
+    (spare,) = spares(running)
+    (worker,) = running.workers().values()
+    assert "tmpfs" in run("stat", "--file-system", "--format=%T", str(running.log_path))
+    with swapping(running):
+        worker.kill()
+    (status,) = running.rpc("reactor_get_workers")
+    assert (status["pid"], status["restarts"]) == (spare, 1)
 
 
 def test_a_worker_that_does_not_read_leaves_the_kernel_its_reserve(service: Start) -> None:
