@@ -130,11 +130,17 @@ class NetlinkDevice(Device):
             raise DeviceError(errno.EAGAIN, message)
 
     def resize(self, size: int, block_size: int) -> None:
-        self._reconfigure(
-            "cannot change its size",
-            _number(NBD_ATTR_SIZE_BYTES, size),
-            _number(NBD_ATTR_BLOCK_SIZE_BYTES, block_size),
-        )
+        try:
+            self._reconfigure(
+                "cannot change its size",
+                _number(NBD_ATTR_SIZE_BYTES, size),
+                _number(NBD_ATTR_BLOCK_SIZE_BYTES, block_size),
+            )
+        except DeviceError as error:
+            users = occupants.users(self.path, self.index) if error.errno == errno.EINVAL else []
+            if users and not self.is_configured():
+                raise occupants.still_used(self.path, users) from error
+            raise
 
     def detach(self) -> None:
         holder = sysfs.pid(self.index)

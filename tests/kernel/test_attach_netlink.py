@@ -357,8 +357,9 @@ def test_a_device_that_is_still_open_is_named_with_its_user(
         with pytest.raises(DeviceError) as again:
             attached(device.path)
         assert again.value.errno == errno.EBUSY
-        with pytest.raises(DeviceError, match="is disconnected, but stays in use until"):
-            reconnect(server, device)
+        for change in (lambda: reconnect(server, device), lambda: device.resize(MIB, 512)):
+            with pytest.raises(DeviceError, match="is disconnected, but stays in use until"):
+                change()
     wait_until(lambda: sysfs.is_free(device.index))
     attached(device.path).probe()
 
