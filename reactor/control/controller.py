@@ -82,13 +82,13 @@ class Controller:
         except OSError as error:
             raise UsageError(reason(error)) from error
         self._configured = now
-        self._successors = dict(saved.successors)
+        self._successors = {name: now[name] for name in saved.successors if name in now}
         for wish in wishes:
             self._add(wish)
         self._save()
         leftovers.detach_unclaimed(self._platform, self._host.tag(""), self._is_on_device)
         self._workforce.begin()
-        for name in before.keys() & self._disks.keys():
+        for name in [name for name in before if name in self._disks]:
             disk, spec = self._disks[name], now.get(name)
             if spec is None:
                 disk.want("gone")
@@ -204,7 +204,7 @@ class Controller:
             done(error)
             return
         before, self._configured = self._configured, wanted
-        for name in before.keys() - wanted.keys() & self._disks.keys():
+        for name in [name for name in before if name not in wanted and name in self._disks]:
             self._successors.pop(name, None)
             self._disks[name].want("gone")
         for name, spec in wanted.items():

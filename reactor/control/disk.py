@@ -74,7 +74,7 @@ class DiskControl:
         self.failure: Exception | None = None
         self.settled = False
         self._host = host
-        self._former = [workers[core] for core in wish.former if core in workers]
+        self._former = {core: workers.get(core) for core in wish.former}
         self._hot = wish.hot
         self._saved = wish  # when it was last kept
         if wish.hot and wish.desired == "online":
@@ -174,8 +174,8 @@ class DiskControl:
     @property
     def wish(self) -> Wish:
         """What it should be."""
-        former = tuple(worker.core for worker in self._former if worker.unknown)
-        return Wish(self.spec, self.placement, self.desired, self._hot, former)
+        former = (core for core, worker in self._former.items() if not worker or worker.unknown)
+        return Wish(self.spec, self.placement, self.desired, self._hot, tuple(former))
 
     @property
     def path(self) -> str | None:
@@ -265,7 +265,8 @@ class DiskControl:
 
     def found(self, share: Share, report: Mapping[str, Any] | None, asked_ns: int) -> bool:
         """Note what a worker had of the disk when it was asked; False: what it must not have."""
-        self._errand.worker_lost(share.worker)
+        if not self._errand.said_since(asked_ns, share.worker):
+            self._errand.worker_lost(share.worker)
         share.close()
         if report is None:
             self._link.found(share, (), asked_ns)
@@ -294,7 +295,7 @@ class DiskControl:
         if self.desired == "gone" and self.settled:
             return  # what has its name and its memory now is another disk
         self._save()
-        if self._shares.unknown or any(worker.unknown for worker in self._former):
+        if self._shares.unknown or any(w is not None and w.unknown for w in self._former.values()):
             return
         if self._errand.busy():
             if self._rising():

@@ -23,6 +23,7 @@ class Errand:
         self._on_end = on_end
         self._awaited: dict[WorkerProcess, None] = {}  # whose answer to the command is awaited
         self._command = 0  # its id
+        self._said_ns = 0  # when it was last said
         self._kind = ""
         self._expected = ""
         self._take: Callable[[WorkerProcess, Message], None] | None = None
@@ -78,7 +79,12 @@ class Errand:
         self._deadline = self._reactor.call_later(within, expire)
         self._repeat_later(fields)
 
+    def said_since(self, time_ns: int, worker: WorkerProcess) -> bool:
+        """Whether `worker` has yet to answer what it was told at that time or later."""
+        return worker in self._awaited and self._said_ns >= time_ns
+
     def _repeat_later(self, fields: dict[str, Any]) -> None:
+        self._said_ns = self._reactor.clock()
         self._repeat = self._reactor.call_later(REPEAT_SECONDS, partial(self._say_again, fields))
 
     def _say_again(self, fields: dict[str, Any]) -> None:

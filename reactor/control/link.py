@@ -30,7 +30,7 @@ HANDOVER_TRIES: Final = 200
 PROBES_MAX: Final = 5
 STEADY_SECONDS: Final = 10.0  # a connection that lasted so long was a good one
 
-#: How a device answers that another controller had begun to detach.
+#: How a device answers that is being detached, or was and is still open.
 GONE: Final = (errno.ENODEV, errno.EBUSY)
 
 log = logger(__name__)
@@ -198,11 +198,10 @@ class DeviceLink:
 
     def mend(self, device: Device, geometry: Geometry) -> None:
         """Do the next thing that the device needs to serve, if there is one that can be done."""
-        if self.reconnect(device) or not self.linked:
-            return
-        if not self.fitted:
-            self._fit(device, geometry)
-        elif not self.probed:
+        changeable = self.linked or device.can_reconnect
+        if not self.fitted and changeable and any(share.opened for share in self._shares):
+            self._fit(device, geometry)  # first: it may have blocks that the disk has no more
+        elif not self.reconnect(device) and self.linked and not self.probed:
             self._probe(device)
 
     def reconnect(self, device: Device) -> bool:
@@ -246,12 +245,8 @@ class DeviceLink:
                 if unsure and self._tries % TRIES_PER_COUNT == 0:
                     self._slots.remove(mended[-1])
                 self._errand.pause(RETRY_SECONDS)
-            elif self._adopted and isinstance(error, DeviceError) and error.errno in GONE:
-                log.warning("disk %s: another device is attached: %s", self._disk, reason(error))
-                self.device = None
-                self._errand.pause(RETRY_SECONDS)
             else:
-                self._on_failed(error)
+                self._refused(device, error)
 
         self._errand.call(
             f"reconnecting {device.path}",
@@ -272,11 +267,7 @@ class DeviceLink:
             if device.can_reconnect or self._failed_probes >= PROBES_MAX:
                 self._on_failed(error)
                 return
-            # By ioctl that is also how a worker's death shows first.
-            log.warning("disk %s: %s is attached anew: %s", self._disk, device.path, reason(error))
-            for slot in self._slots:
-                slot.share = None
-            self._errand.pause(RETRY_SECONDS)
+            self._attach_anew(device, error)
 
         self._errand.call(
             f"reading {device.path}", PROBE_SECONDS, device.probe, probed, needs_worker=True
@@ -288,9 +279,28 @@ class DeviceLink:
         def fitted(error: Exception | None) -> None:
             self.fitted = True
             if error is not None:
-                self._on_failed(error)
+                self._refused(device, error)
 
         self.resize(device, geometry, fitted)
+
+    def _attach_anew(self, device: Device, error: Exception) -> None:
+        """Do so, as by ioctl an error may be the first that shows of a worker's death."""
+        log.warning("disk %s: %s is attached anew: %s", self._disk, device.path, reason(error))
+        for slot in self._slots:
+            slot.share = None
+        self._errand.pause(RETRY_SECONDS)
+
+    def _refused(self, device: Device, error: Exception) -> None:
+        """Fail; but leave alone a device that another controller had begun to detach."""
+        gone = isinstance(error, DeviceError) and error.errno in GONE
+        if gone and not device.can_reconnect:
+            self._attach_anew(device, error)
+        elif gone and self._adopted:
+            log.warning("disk %s: another device is attached: %s", self._disk, reason(error))
+            self.device = None
+            self._errand.pause(RETRY_SECONDS)
+        else:
+            self._on_failed(error)
 
     def resize(
         self, device: Device, geometry: Geometry, done: Callable[[Exception | None], None]

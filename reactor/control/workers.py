@@ -236,7 +236,9 @@ class WorkerProcess:
         self._stopping = True
         if self._respawn is not None:
             self._respawn.cancel()
-        if self._process is not None and not self.send("shutdown", id=0):
+        if self._process is None:
+            self.unknown = False
+        elif not self.send("shutdown", id=0):
             self.kill("it is not connected")
 
     def revive(self) -> None:

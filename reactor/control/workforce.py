@@ -37,6 +37,7 @@ class Workforce:
         self._on_change = on_change
         self._retiring: list[WorkerProcess] = []
         self._foreign: dict[int, Process] = {}  # those that wait to be replaced
+        self._begun = self._ending = False
         self._survivors = platform.survivors()
         for survivor in self._survivors:
             if survivor.core not in self.by_core:
@@ -81,6 +82,9 @@ class Workforce:
 
     def shut_down(self) -> None:
         """Have every worker end, all disks being stopped."""
+        self._ending = True
+        if not self._begun:
+            self._foreign.update(self.adopted)
         for core, process in self._foreign.items():
             self.by_core[core].retire(process)
         self._foreign.clear()
@@ -93,6 +97,7 @@ class Workforce:
             worker.kill(why)
 
     def _start(self) -> None:
+        self._begun = True
         for core, worker in self.by_core.items():
             if core in self.adopted:
                 worker.adopt(self.adopted[core])
@@ -109,8 +114,10 @@ class Workforce:
     def _changed(self, worker: WorkerProcess) -> None:
         if worker in self._retiring:
             self._retiring.remove(worker)
-            if not self._retiring:
-                self._start()
-            return
+            if not self._ending:
+                if not self._retiring:
+                    self._start()
+                return
         self._on_change(worker)
-        self._replace_next()
+        if not self._ending:
+            self._replace_next()
