@@ -1,0 +1,143 @@
+"""A program on /dev/nbdN: writes numbers, and knows which ones must be there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Final
+
+from tests.simulation.host import Host
+from tests.simulation.kernel import KernelDevice, Kind, Request
+
+BLOCKS: Final = 6
+DEPTH: Final = 3  # requests at once
+
+
+class Ledger:
+    """What may be found in each block of a disk."""
+
+    def __init__(self) -> None:
+        self.acknowledged: dict[int, int] = {}
+        self.unsure: defaultdict[int, set[int]] = defaultdict(set)  # answered with an error
+        self.left: defaultdict[int, set[int]] = defaultdict(set)  # from before they were forgotten
+        self.last = 0
+
+    def begin(self) -> int:
+        """Return a new number to write."""
+        self.last += 1
+        return self.last
+
+    def end(self, block: int, value: int, error: int) -> None:
+        """Note how a write ended."""
+        if error:
+            self.unsure[block].add(value)
+        else:
+            self.acknowledged[block] = value
+            self.left[block].clear()
+
+    def allows(self, block: int, value: int) -> bool:
+        """Whether `value` may be in the block while nothing is in flight."""
+        known = value == self.acknowledged.get(block, 0)
+        return known or value in self.unsure[block] or value in self.left[block]
+
+    def forget(self) -> None:
+        """Expect nothing: the data are gone, as was asked for, or may be."""
+        for block in range(BLOCKS):
+            value = self.acknowledged.pop(block, 0)
+            self.left[block].update((0, value))
+
+
+class Application:
+    """One program for one disk. It opens the device when there is one, and leaves on an error."""
+
+    def __init__(
+        self, host: Host, disk: str, on_error: Callable[[str, KernelDevice, int], None]
+    ) -> None:
+        self.disk = disk
+        self.ledger = Ledger()
+        self.checked = True  # the disk keeps what is written
+        self._host = host
+        self._world = host.world
+        self._on_error = on_error
+        self._device: KernelDevice | None = None
+        self._busy: dict[int, None] = {}  # blocks with a request in flight
+        self._leaving = False
+        self._ended = False
+        self._world.soon(1.0, self._turn)
+
+    def __repr__(self) -> str:
+        return f"application on disk {self.disk}"
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight."""
+        return not self._busy
+
+    def finish(self) -> None:
+        """Begin nothing more, and leave."""
+        self._ended = True
+        if self._device is not None and not self._leaving:
+            self._leave()
+
+    def _turn(self) -> None:
+        if self._ended:
+            return
+        self._world.after(self._world.between(0.05, 1.5), self._turn)
+        if self._device is None:
+            self._open()
+        elif not self._leaving:
+            for _ in range(self._world.random.randint(1, DEPTH)):
+                self._submit(self._device)
+
+    def _open(self) -> None:
+        for device in self._host.driver.devices:
+            if device.serving and device.size and device.disk == self.disk:
+                self._device = device
+                device.openers[self] = None
+                return
+
+    def _submit(self, device: KernelDevice) -> None:
+        free = [block for block in range(BLOCKS) if block not in self._busy]
+        if not free or self._device is not device or self._leaving:
+            return
+        block = self._world.random.choice(free)
+        kind: Kind = self._world.random.choice(("write", "write", "read", "flush"))
+        value = self.ledger.begin() if kind == "write" else 0
+        self._busy[block] = None
+
+        def done(error: int, found: int) -> None:
+            self._done(device, kind, block, value, error, found)
+
+        request = Request(kind, block, value, done, cpu=self._world.random.randrange(8))
+        device.submit(request)
+
+    def _done(
+        self, device: KernelDevice, kind: Kind, block: int, value: int, error: int, found: int
+    ) -> None:
+        del self._busy[block]
+        if kind == "write":
+            self.ledger.end(block, value, error)
+        elif kind == "read" and not error:
+            self.check(block, found, "reads")
+        if error and not self._leaving and not self._ended:
+            self._world.note("%s: error %d on %s", self, error, device.path)
+            self._on_error(self.disk, device, error)
+            self._leave()
+
+    def check(self, block: int, found: int, how: str) -> None:
+        """Complain of a value that cannot be."""
+        if self.checked and not self.ledger.allows(block, found):
+            expected = self.ledger.acknowledged.get(block, 0)
+            self._world.violate(
+                f"{self} {how} {found} in block {block}, where {expected} was acknowledged"
+            )
+
+    def _leave(self) -> None:
+        self._leaving = True
+        self._world.soon(8.0 if self._world.chance(0.1) else 1.0, self._close)
+
+    def _close(self) -> None:
+        device, self._device = self._device, None
+        self._leaving = False
+        if device is not None:
+            device.close(self)

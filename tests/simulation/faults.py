@@ -1,0 +1,76 @@
+"""What goes wrong, and how often. Each seed has its own mixture."""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+from tests.simulation.storage import error
+from tests.simulation.world import World
+
+#: The kinds of faults, and how probable each is where it may strike, at most.
+RATES: Final = {
+    "the controller dies at a step": 0.06,
+    "a worker dies at a step": 0.06,
+    "a message is lost": 0.08,
+    "a message comes twice": 0.1,
+    "no process": 0.3,
+    "no socket": 0.2,
+    "nothing can be handed over": 0.2,
+    "the state cannot be saved": 0.2,
+    "a resize is refused": 0.3,
+    "slow calls": 0.3,
+}
+#: Said once, to a worker that is connected, and not waited for without end.
+NEVER_LOST: Final = ("shutdown",)
+
+
+class Faults:
+    """The faults of one run; `end` stops them."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.rates = {
+            kind: world.between(0, most) if world.chance(0.4) else 0.0
+            for kind, most in RATES.items()
+        }
+
+    def __str__(self) -> str:
+        return ", ".join(f"{kind} {rate:.3f}" for kind, rate in self.rates.items() if rate)
+
+    def end(self) -> None:
+        """Let nothing go wrong any more."""
+        self.rates = dict.fromkeys(self.rates, 0.0)
+
+    def strikes(self, kind: str) -> bool:
+        """Whether this one does now."""
+        rate = self.rates[kind]
+        return bool(rate) and self._world.chance(rate)
+
+    def copies(self, kind: str) -> int:
+        """Return how often a message arrives."""
+        if kind not in NEVER_LOST and self.strikes("a message is lost"):
+            self._world.note("lost: %s", kind)
+            return 0
+        return 2 if self.strikes("a message comes twice") else 1
+
+    def check(self, kind: str, number: int) -> None:
+        """Raise OSError if this one strikes."""
+        if self.strikes(kind):
+            self._world.note("fault: %s", kind)
+            raise error(number)
+
+    def refuses_resize(self) -> bool:
+        """Whether the storage does not change its size."""
+        return self.strikes("a resize is refused")
+
+    def call_seconds(self) -> float:
+        """Return how long a blocking call takes to begin, or to return."""
+        if self.strikes("slow calls"):
+            return self._world.between(0, 5)
+        return self._world.between(0, 0.02)
+
+
+NO_PROCESS: Final = errno.EAGAIN
+NO_SOCKET: Final = errno.EMFILE
+NO_SPACE: Final = errno.ENOSPC

@@ -1,0 +1,115 @@
+"""The host: all that outlives a controller."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import Any, Final
+
+from reactor.messages import HANDOVERS, Message, decode, encode
+from tests.simulation.bus import Hub
+from tests.simulation.faults import Faults
+from tests.simulation.kernel import Driver
+from tests.simulation.processes import WorkerProcess
+from tests.simulation.storage import Store
+from tests.simulation.streams import End
+from tests.simulation.worker import Worker
+from tests.simulation.world import World
+
+MAIL_MAX: Final = 11  # net.unix.max_dgram_qlen, and the one that is sent
+INSTANCE: Final = "simulated"
+
+
+class Mailbox:
+    """A worker's datagram socket for descriptors."""
+
+    def __init__(self, process: WorkerProcess) -> None:
+        self.process = process
+        self.letters: deque[tuple[End, Message]] = deque()
+        self.ends: dict[End, None] = {}  # that are on their way
+
+
+class Host:
+    """One machine with storage, a kernel, and a service."""
+
+    def __init__(self, world: World, *, cpus: int, devices: int, has_netlink: bool) -> None:
+        self.world = world
+        self.cpus = cpus
+        self.faults = Faults(world)
+        self.store = Store(world)
+        self.driver = Driver(world, devices, has_netlink=has_netlink)
+        self.hub = Hub(world, self.faults)
+        self.version = 1  # of the program that is installed
+        self.controller_pid = 0  # of the living one
+        self.saved: bytes | None = None
+        self.unsaved = False  # there is something that could not be saved
+        self.forgot = False  # a controller died with that
+        self.core_locks: dict[int, WorkerProcess] = {}
+        self.processes: dict[int, WorkerProcess] = {}  # by pid, until they are gone
+        self._mailboxes: dict[int, Mailbox] = {}
+        self._last_pid = 100
+
+    # --- processes ---
+
+    def new_pid(self) -> int:
+        """Return a pid that nobody had."""
+        self._last_pid += 1
+        return self._last_pid
+
+    def start_process(self, core: int) -> WorkerProcess:
+        """Start a process that becomes the worker of `core`."""
+        process = WorkerProcess(self, self.new_pid(), core)
+        self.processes[process.pid] = process
+        self.world.note("%s is started", process)
+        return process
+
+    def make_worker(self, process: WorkerProcess) -> Worker:
+        """Return the worker that a process becomes."""
+        return Worker(process)
+
+    def process_gone(self, process: WorkerProcess) -> None:
+        """Forget a process."""
+        self.world.note("%s is gone", process)
+        del self.processes[process.pid]
+        if self.core_locks.get(process.core) is process:
+            del self.core_locks[process.core]
+
+    # --- descriptors for workers ---
+
+    def open_mailbox(self, process: WorkerProcess) -> None:
+        """Bind the datagram socket of a worker."""
+        self._mailboxes[process.core] = Mailbox(process)
+
+    def close_mailbox(self, process: WorkerProcess) -> None:
+        """Close it, with what is in it."""
+        mailbox = self._mailboxes.get(process.core)
+        if mailbox is not None and mailbox.process is process:
+            del self._mailboxes[process.core]
+            for end in list(mailbox.ends):
+                end.close()
+
+    def send_mail(self, core: int, kind: str, end: End, fields: dict[str, Any]) -> None:
+        """Send a copy of `end`; raises OSError."""
+        header = decode(encode(kind, **fields), HANDOVERS)
+        mailbox = self._mailboxes.get(core)
+        if mailbox is None:
+            raise ConnectionRefusedError(111, os.strerror(111))
+        if len(mailbox.letters) >= MAIL_MAX:
+            raise BlockingIOError(11, os.strerror(11))
+        self.world.note("to worker core %d: connection %s", core, fields)
+        mailbox.letters.append((end.dup(mailbox.ends), header))
+        process = mailbox.process
+        self.world.soon(
+            0.01, process.run, lambda: process.worker and process.worker.take_descriptors()
+        )
+
+    def take_mail(self, process: WorkerProcess) -> list[tuple[End, Message]]:
+        """Return what has come for a worker; it holds the ends from now on."""
+        mailbox = self._mailboxes[process.core]
+        assert mailbox.process is process
+        taken = []
+        while mailbox.letters:
+            end, header = mailbox.letters.popleft()
+            taken.append((end.dup(process.ends), header))
+            end.close()
+        return taken

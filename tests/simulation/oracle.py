@@ -1,0 +1,136 @@
+"""What must be true in the end, and when the end is."""
+
+from __future__ import annotations
+
+from reactor.control.service import DiskStatus
+from tests.simulation.host import INSTANCE, Host
+from tests.simulation.operations import Operator, Subject
+from tests.simulation.service import Service
+
+#: Why a disk may be down.
+REASONS = (
+    "in use",  # somebody else has its device
+    "its storage was removed",
+    "Input/output error",  # it cannot be opened
+    "No such file or directory",
+    "keeps dying",
+    "no netlink",
+)
+AT_REST = ("online", "stopped", "failed", "removed")
+
+
+class Oracle:
+    """Compares the host and the service with what was asked for."""
+
+    def __init__(self, host: Host, service: Service, operator: Operator) -> None:
+        self._host = host
+        self._world = host.world
+        self._service = service
+        self._operator = operator
+
+    # --- when ---
+
+    def describe(self) -> str:
+        """Return what there is, in a line."""
+        controller = self._service.controller
+        if controller is None:
+            return "no controller"
+        disks = ", ".join(f"{d.spec.name} {d.state} {d.reason}" for d in controller.disks())
+        workers = ", ".join(f"{w.core} {w.state}" for w in controller.workers())
+        asked = ", ".join(
+            f"{subject.asking} of {name}"
+            for name, subject in self._operator.subjects.items()
+            if subject.asking
+        )
+        return f"disks: {disks}; workers: {workers}; unanswered: {asked or 'nothing'}"
+
+    def is_settled(self) -> bool:
+        """Whether everything is at rest, and every question answered."""
+        controller = self._service.controller
+        return (
+            controller is not None
+            and all(disk.state in AT_REST for disk in controller.disks())
+            and all(worker.state in ("running", "failed") for worker in controller.workers())
+            and not any(subject.asking for subject in self._operator.subjects.values())
+            and not any(process.stopped for process in self._host.core_locks.values())
+        )
+
+    def is_idle(self) -> bool:
+        """Whether no program waits for the kernel."""
+        return all(s.application.idle for s in self._operator.subjects.values())
+
+    # --- what ---
+
+    def check(self) -> None:
+        """Complain of what is not as it should be."""
+        controller = self._service.controller
+        assert controller is not None
+        disks = {disk.spec.name: disk for disk in controller.disks()}
+        for name, subject in self._operator.subjects.items():
+            self._check_disk(subject, disks.get(name))
+        self._check_devices(disks)
+        self._check_ends()
+
+    def _check_disk(self, subject: Subject, disk: DiskStatus | None) -> None:
+        state = disk.state if disk is not None else "gone"
+        self._world.note("disk %s is %s; it may be %s", subject.name, state, sorted(subject.ends))
+        if state in ("failed", "removed"):
+            assert disk is not None
+            if not any(reason in disk.reason for reason in REASONS):
+                self._world.violate(f"disk {subject.name} {state}: {disk.reason or 'no reason'}")
+        elif state not in subject.ends:
+            self._world.violate(
+                f"disk {subject.name} is {state}, not {' or '.join(sorted(subject.ends))}"
+            )
+        if disk is not None and state == "online":
+            self._check_data(subject, disk)
+
+    def _check_data(self, subject: Subject, disk: DiskStatus) -> None:
+        storage = self._host.store.find(disk.spec)
+        if storage is None:
+            self._world.violate(f"disk {subject.name} is online and has no storage")
+            return
+        if disk.size > storage.size:
+            self._world.violate(f"disk {subject.name} has {disk.size} bytes, its storage less")
+        for block in subject.application.ledger.acknowledged:
+            subject.application.check(block, storage.blocks.get(block, 0), "finds")
+
+    def _check_devices(self, disks: dict[str, DiskStatus]) -> None:
+        for device in self._host.driver.configured():
+            if not device.tag.startswith(f"nbd-reactor:{INSTANCE}:") or device.disconnected:
+                continue
+            disk = disks.get(device.disk)
+            if disk is None or disk.device != device.path:
+                self._world.violate(f"{device.path} is left, of disk {device.disk}")
+            elif disk.state == "online" and device.size != disk.size:
+                self._world.violate(
+                    f"{device.path} has {device.size} bytes, disk {device.disk} {disk.size}"
+                )
+        for disk in disks.values():
+            if disk.state == "online" and disk.spec.device is not None and disk.device is None:
+                self._world.violate(f"disk {disk.spec.name} is online without a device")
+
+    def _check_ends(self) -> None:
+        platform = self._service.platform
+        assert platform is not None
+        if platform.ends:
+            self._world.violate(f"the controller keeps {len(platform.ends)} sockets open")
+
+    # --- the stop ---
+
+    def expect_stop(self) -> None:
+        """Allow what an orderly stop does."""
+        for name in self._operator.subjects:
+            self._operator.excuse(name)
+
+    def check_stopped(self, *, keeps: bool) -> None:
+        """Complain of what an orderly stop leaves; `keeps`: devices and memory are to stay."""
+        for process in self._host.processes.values():
+            self._world.violate(f"{process} is left")
+        if keeps:
+            return
+        for device in self._host.driver.configured():
+            if not device.disconnected:
+                self._world.violate(f"{device.path} is left, of disk {device.disk}")
+        for memory in self._host.store.memories() if not self._host.forgot else ():
+            self._world.violate(f"memory is left: {memory}")

@@ -1,0 +1,109 @@
+"""The service on the simulated host: one controller after the other, all of them real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from reactor.control import saved
+from reactor.control.controller import Controller
+from reactor.options import Options
+from reactor.spec import DiskSpec
+from tests.simulation.host import INSTANCE, Host
+from tests.simulation.platform import ControllerDied, SimulatedPlatform
+
+NOWHERE: Final = Path("/nonexistent")
+
+
+class Service:
+    """What systemd starts, and starts again when it died. `config` is what the file says."""
+
+    def __init__(self, host: Host, cores: Sequence[int], config: Sequence[DiskSpec]) -> None:
+        self.config = tuple(config)
+        self.options = Options(tuple(cores), NOWHERE, NOWHERE)
+        self.controller: Controller | None = None
+        self.platform: SimulatedPlatform | None = None
+        self.on_death: Callable[[], None] = lambda: None
+        self.on_stop: Callable[[], None] = lambda: None
+        self.on_start: Callable[[], None] = lambda: None
+        self.restarts = True
+        self._host = host
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the controller has come to its orderly end."""
+        return self.platform is not None and self.platform.reactor.stopped
+
+    def start(self) -> None:
+        """Begin a controller's life."""
+        self._host.world.note("the service starts on cores %s", self.options.cores)
+        platform = self.platform = SimulatedPlatform(self._host)
+        self._host.controller_pid = platform.pid
+        state = self._host.saved
+        found = saved.decode(state, INSTANCE) if state is not None else None
+        try:
+            controller = Controller(self.options, platform, lambda: self.config, {})
+            self.controller = controller
+            controller.begin(found, self.config)
+        except ControllerDied:
+            self._bury()
+
+    def turn(self) -> None:
+        """Let the controller do something, or else the rest of the world."""
+        if self.platform is None:
+            self._host.world.happen()
+            return
+        try:
+            self.platform.reactor.turn()
+            if self.stopped and self.restarts:
+                self.end()
+                self.on_stop()
+                self._restart()
+        except ControllerDied:
+            self._bury()
+
+    def die(self) -> None:
+        """Kill the controller."""
+        if self.platform is not None:
+            self._host.world.note("the controller is killed")
+            self.platform.die()
+
+    def change(self, **options: object) -> None:
+        """Have other options at the next start."""
+        self.options = replace(self.options, **options)  # type: ignore[arg-type]
+
+    def end(self) -> None:
+        """Do what the process does after its loop has ended."""
+        assert self.platform is not None
+        assert self.controller is not None
+        platform = self.platform
+        self.controller.close()
+        if self.options.on_exit == "disconnect":
+            self._host.saved = None
+        self._leave(platform)
+        platform.die()
+
+    def _bury(self) -> None:
+        assert self.platform is not None
+        platform = self.platform
+        platform.die()
+        self._leave(platform)
+        self.on_death()
+        if self.restarts:
+            self._restart()
+
+    def _restart(self) -> None:
+        world = self._host.world
+        world.after(world.between(0.05, 3.0), self._start_again)
+
+    def _leave(self, platform: SimulatedPlatform) -> None:
+        self.controller = self.platform = None
+        self._host.controller_pid = 0
+        platform.reactor.close()
+
+    def _start_again(self) -> None:
+        if self.platform is None:
+            self.on_start()
+            self.start()
