@@ -24,7 +24,10 @@ def opened() -> Iterator[Open]:
     yield from opening()
 
 
-@pytest.fixture(params=[Ring, Threads])
+DIRECT = [(Ring, True), (Threads, True)]
+
+
+@pytest.fixture(params=[*DIRECT, (Ring, False)])
 def disk(request: pytest.FixtureRequest, tmp_path: Path, opened: Open) -> Opened:
     path = tmp_path / "image"
     path.write_bytes(os.urandom(MIB) * 66)
@@ -32,7 +35,8 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path, opened: Open) -> Opened
         for block in range(66):  # no two are the same
             file.seek(block * MIB + 512 * block)
             file.write(os.urandom(512))
-    return opened(path, engine=request.param, direct=True)
+    engine, direct = request.param
+    return opened(path, engine=engine, direct=direct)
 
 
 class Client:
@@ -109,6 +113,7 @@ def test_a_client_that_does_not_read_keeps_no_other_waiting(disk: Opened) -> Non
     neighbour.end()
 
 
+@pytest.mark.parametrize("disk", DIRECT, indirect=True)
 def test_nor_those_who_were_refused_before_it_was_known(disk: Opened) -> None:
     slow, neighbour = Client(disk), Client(disk)
     slow.ask(*ALL_OF_IT)

@@ -1,0 +1,87 @@
+"""What the file backend answers from the page cache, and what it does not do beside it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backends.filechannel import POOLED_MIN
+from reactor.protocol.wire import NBD_CMD_READ, NBD_CMD_WRITE
+from tests.unit.file_disks import MIB, Open, Opened, opening
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    yield from opening()
+
+
+@pytest.fixture
+def disk(tmp_path: Path, opened: Open) -> Opened:
+    path = tmp_path / "image"
+    path.write_bytes(os.urandom(MIB))
+    return opened(path)
+
+
+def test_large_reads_share_a_buffer_and_need_no_engine(disk: Opened) -> None:
+    data = disk.path.read_bytes()
+    for offset in range(0, MIB, POOLED_MIN):
+        assert disk.requester.read(offset, POOLED_MIN) == data[offset : offset + POOLED_MIN]
+    assert disk.channel._pool.total_bytes == disk.channel._pool.free_bytes == POOLED_MIN
+    assert disk.channel._engine.number == 0
+
+
+def test_small_reads_need_no_buffer(disk: Opened) -> None:
+    disk.requester.read(0, POOLED_MIN - 512)
+    assert disk.channel._pool.total_bytes == 0
+
+
+def test_a_large_read_of_which_only_a_part_is_cached_is_whole(disk: Opened) -> None:
+    data = disk.path.read_bytes()
+    with disk.path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), MIB // 2, MIB // 2, os.POSIX_FADV_DONTNEED)
+    assert disk.requester.read(0, MIB) == data
+    assert disk.channel._pool.total_bytes == disk.channel._pool.free_bytes == MIB
+
+
+@pytest.mark.parametrize("length", [512, POOLED_MIN])
+@pytest.mark.parametrize("command", [NBD_CMD_READ, NBD_CMD_WRITE])
+def test_a_failing_call_makes_the_file_suspect(
+    monkeypatch: pytest.MonkeyPatch, disk: Opened, command: int, length: int
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "the medium fails")
+
+    suspected: list[bool] = []
+    monkeypatch.setattr(disk.disk, "suspect", lambda: suspected.append(True))
+    monkeypatch.setattr(os, "preadv", fail)
+    monkeypatch.setattr(os, "pwrite", fail)
+    payload = bytes(length) if command == NBD_CMD_WRITE else b""
+    assert disk.requester.do(command, 0, length, payload) == (errno.EIO, b"")
+    assert suspected
+    assert disk.channel._pool.total_bytes == disk.channel._pool.free_bytes
+
+
+def test_a_write_to_a_part_of_a_page_that_is_not_cached_goes_to_the_engine(disk: Opened) -> None:
+    data = bytearray(disk.path.read_bytes())
+    operations = disk.channel._engine
+    for offset, length in ((512, 512), (8192, 4608), (16384 + 512, 3584), (32768 + 512, 4096)):
+        with disk.path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = operations.number
+        payload = os.urandom(length)
+        for _ in range(2):  # the second time it is cached
+            disk.requester.write(offset, payload)
+            assert operations.number == before + 1
+        data[offset : offset + length] = payload
+    assert disk.path.read_bytes() == data
+
+
+def test_a_write_of_whole_pages_needs_no_engine(disk: Opened) -> None:
+    disk.requester.write(4096, os.urandom(8192))
+    assert disk.channel._engine.number == 0
