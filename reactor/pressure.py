@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from logging import DEBUG
 from pathlib import Path
 from typing import Final
 
@@ -20,18 +21,27 @@ MCL_ONFAULT: Final = 4  # Linux 4.4
 log = logger(__name__)
 
 
-def prepare() -> None:
+def prepare(level: int = DEBUG) -> None:
     """Keep the kernel from freeing memory through our own disks, and from killing us for it.
 
     For this thread and those that it makes, and for processes too. Needs CAP_SYS_RESOURCE; without
-    it, goes on without.
+    it, goes on without, and says so in the log at `level`.
     """
     if _libc().prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) < 0:
-        log.debug("PR_SET_IO_FLUSHER: %s", os.strerror(ctypes.get_errno()))
+        log.log(
+            level,
+            "the kernel may free memory through our disks, which can hang: PR_SET_IO_FLUSHER: %s;"
+            " it needs CAP_SYS_RESOURCE",
+            os.strerror(ctypes.get_errno()),
+        )
     try:
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
     except OSError as error:
-        log.debug("oom_score_adj: %s", reason(error))
+        log.log(
+            level,
+            "a host without memory may kill us first: oom_score_adj: %s; it needs CAP_SYS_RESOURCE",
+            reason(error),
+        )
 
 
 def lock_memory() -> None:

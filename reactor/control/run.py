@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 from contextlib import ExitStack
+from logging import WARNING
 from typing import Final
 
 from setproctitle import setproctitle
@@ -41,7 +42,7 @@ def run(options: Options) -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each disk and worker needs some
     # While a worker is dead, I/O on its devices waits for this process to start another.
-    pressure.prepare()
+    pressure.prepare(WARNING)  # the workers inherit what failed: once is enough
     if options.lock_memory:
         pressure.lock_memory()
     with ExitStack() as opened:
