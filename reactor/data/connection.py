@@ -11,7 +11,6 @@ import errno
 import os
 import socket
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from backends.api import (
@@ -52,6 +51,7 @@ from reactor.protocol.wire import (
 QUEUE_MAX: Final = 1024  # requests in flight plus buffers to be sent
 BYTES_MAX: Final = 32 << 20  # bytes to be sent, and those of reads and writes in flight
 DISCONNECT_SECONDS: Final = 10.0  # what is in flight when the peer ends may take so long
+DISCONNECT_SECONDS_MAX: Final = 600.0  # ... or, while the peer takes its replies, so long
 FAILURES_LOGGED: Final = 10  # per connection in that time; all are counted
 FAILURES_SECONDS: Final = 600.0
 
@@ -160,15 +160,33 @@ class Connection:
         self._channel.abandon(self)
         self._reactor.mark_flush(self)
 
-    def _end(self, why: str, seconds: float) -> None:
+    def _end(self, why: str, seconds: float, seconds_max: float = 0) -> None:
+        """Close once all is answered, and after `seconds` by force.
+
+        Whoever takes replies meanwhile gets as many again, and `seconds_max` in all.
+        """
         if self._closed is not None:
             return
         self._ending = self._ending or why
         if self._deadline is not None:
             self._deadline.cancel()
-        late = f"{self._ending}, but not finished in {seconds:g} s"
-        self._deadline = self._reactor.call_later(seconds, partial(self.close, late))
+        until = self._reactor.clock() + int(seconds_max * 1e9)
+        self._await_end(seconds, until)
         self._reactor.mark_flush(self)
+
+    def _end_for_peer(self, why: str) -> None:
+        self._end(why, DISCONNECT_SECONDS, DISCONNECT_SECONDS_MAX)
+
+    def _await_end(self, seconds: float, until: int) -> None:
+        sent = self._outgoing.sent
+
+        def expire() -> None:
+            if self._outgoing.sent > sent and self._reactor.clock() < until:
+                self._await_end(seconds, until)
+            else:
+                self.close(f"{self._ending}, but not finished in {seconds:g} s")
+
+        self._deadline = self._reactor.call_later(seconds, expire)
 
     def _release(self) -> None:
         """Let go of what a closed connection holds; say so when the channel has finished too."""
@@ -225,9 +243,9 @@ class Connection:
             else:
                 self._submitted()
         elif receiver.within_request:
-            self._end("the peer closed it in the middle of a request", DISCONNECT_SECONDS)
+            self._end_for_peer("the peer closed it in the middle of a request")
         else:
-            self._end("the peer closed it", DISCONNECT_SECONDS)
+            self._end_for_peer("the peer closed it")
         return True
 
     def _take_trailing(self, trailing: bytes) -> None:
@@ -302,7 +320,7 @@ class Connection:
         if self._backlog or receiver.more or queued > QUEUE_MAX or moved > BYTES_MAX:
             self._paused = True
         if receiver.error is not None and self._ending is None:
-            self._end(str(receiver.error), DISCONNECT_SECONDS)
+            self._end_for_peer(str(receiver.error))
         if not self.flush_due:
             self._reactor.mark_flush(self)
 
@@ -318,7 +336,7 @@ class Connection:
         """Judge a request that is not plain; False when it is answered already."""
         command, _flags, cookie, _offset, length, _payload = request
         if command == NBD_CMD_DISC:
-            self._end("the client disconnected", DISCONNECT_SECONDS)
+            self._end_for_peer("the client disconnected")
             return False
         error = errno.ESHUTDOWN if self._refusing else validate(request, self._export)
         if error or (length == 0 and command != NBD_CMD_FLUSH):

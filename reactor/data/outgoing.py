@@ -16,18 +16,18 @@ BUFFERS_PER_SEND: Final = 1024  # IOV_MAX; the kernel refuses more
 class Outgoing:
     """A queue of non-empty buffers. Whoever appends to `buffers` adds their bytes to `waiting`."""
 
-    __slots__ = ("__weakref__", "_blocked", "_lent", "_sent", "buffers", "waiting")
+    __slots__ = ("__weakref__", "_blocked", "_lent", "buffers", "sent", "waiting")
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
         self.waiting = 0  # bytes in `buffers`
-        self._sent = 0  # bytes since the beginning; with `waiting` a place in the stream
+        self.sent = 0  # bytes since the beginning; with `waiting` a place in the stream
         self._lent: deque[tuple[int, Releasable]] = deque()
         self._blocked = False  # the socket took less than the last send offered
 
     def lend(self, lent: Releasable) -> None:
         """Release `lent` once everything appended so far has left."""
-        self._lent.append((self._sent + self.waiting, lent))
+        self._lent.append((self.sent + self.waiting, lent))
         if self._blocked:
             lent.blocked(self)
 
@@ -51,7 +51,7 @@ class Outgoing:
         except BlockingIOError:
             self._note_blocked()
             return False
-        self._sent += sent
+        self.sent += sent
         self.waiting -= sent
         self._blocked = False
         accepted = True
@@ -59,7 +59,7 @@ class Outgoing:
             accepted = self._drop(sent)
         else:
             buffers.clear()
-        while self._lent and self._lent[0][0] <= self._sent:
+        while self._lent and self._lent[0][0] <= self.sent:
             self._lent.popleft()[1].release()
         if not accepted:
             self._note_blocked()

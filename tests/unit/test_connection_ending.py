@@ -169,6 +169,46 @@ def test_a_second_drain_shortens_the_deadline() -> None:
         pump.until(lambda: pump.closed)
 
 
+def _take_slowly(pump: Pump, seconds: int) -> int:
+    """Read what a peer that has ended is sent, `seconds` apart; returns how much came."""
+    now = pump.reactor.clock()
+    pump.reactor.clock = lambda: now
+    received = 0
+    for _ in range(1000):
+        received += len(pump.drain_client())
+        pump.turns()
+        if pump.closed:
+            break
+        now += seconds * 1_000_000_000
+        pump.turns()
+    return received + len(pump.drain_client())
+
+
+@pytest.mark.parametrize("end", [request(DISC), b"X" * 28])
+def test_a_peer_that_ended_gets_its_replies_as_long_as_it_takes_them(end: bytes) -> None:
+    with Pump(send_buffer=4096) as pump:
+        pump.send(request(READ, 0, 1 << 17) + end)
+        assert _take_slowly(pump, 9) == 16 + (1 << 17)
+        assert "not finished" not in pump.closed[0]
+
+
+def test_but_not_for_ever() -> None:
+    with Pump(send_buffer=4096) as pump:
+        pump.send(request(READ, 0, 1 << 20) + request(DISC))
+        assert 4096 < _take_slowly(pump, 9) < 1 << 20
+        assert pump.closed == ["the client disconnected, but not finished in 10 s"]
+
+
+def test_a_peer_that_ended_and_takes_no_replies_is_dropped() -> None:
+    with Pump(send_buffer=4096) as pump:
+        pump.send(request(READ, 0, 1 << 20) + request(DISC))
+        pump.until(lambda: pump.connection._blocked)
+        now = pump.reactor.clock() + 11_000_000_000
+        pump.reactor.clock = lambda: now
+        pump.until(lambda: pump.closed)
+        assert pump.closed == ["the client disconnected, but not finished in 10 s"]
+
+
 def test_drain_ends_though_the_peer_takes_no_replies() -> None:
     with Pump(send_buffer=4096) as pump:
         pump.send(request(READ, 0, 1 << 20))
