@@ -23,6 +23,7 @@ from backends.api import (
     Releasable,
     Request,
 )
+from reactor.data.clientmemory import RESERVE, ClientMemory, Share
 from reactor.data.counters import Counters
 from reactor.data.outgoing import REPLY_BYTES, Outgoing
 from reactor.data.shortcut import MemoryShortcut
@@ -36,7 +37,6 @@ from reactor.protocol.transmission import (
     validate,
 )
 from reactor.protocol.wire import (
-    MAX_PAYLOAD,
     NBD_CMD_DISC,
     NBD_CMD_FLUSH,
     NBD_CMD_READ,
@@ -46,10 +46,9 @@ from reactor.protocol.wire import (
     nbd_error,
 )
 
-# Above these the socket is not read; below half of both it is read again. A batch that was begun
-# may pass them: by REQUESTS_MAX requests, and by one request's bytes.
+# Above this and `Share.most` bytes the socket is not read; below half of both it is read again. A
+# batch that was begun may pass them: by REQUESTS_MAX requests, and by one request's bytes.
 QUEUE_MAX: Final = 1024  # requests in flight plus buffers to be sent
-BYTES_MAX: Final = 32 << 20  # bytes to be sent, and those of reads and writes in flight
 DISCONNECT_SECONDS: Final = 10.0  # what is in flight when the peer ends may take so long
 DISCONNECT_SECONDS_MAX: Final = 600.0  # ... or, while the peer takes its replies, so long
 FAILURES_LOGGED: Final = 10  # per connection in that time; all are counted
@@ -71,6 +70,7 @@ class Connection:
     `on_closed(connection, reason)` is called once, from the loop, when the socket is closed and
     nothing is in flight in the channel any more. `trailing` is what came behind the handshake.
     `resends`: a peer that has hung up sends elsewhere what it has no answer to, as the kernel does.
+    `memory` bounds what many occupy together; None for a peer that may be trusted, the kernel.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Connection:
         *,
         trailing: bytes = b"",
         resends: bool = False,
+        memory: ClientMemory | None = None,
     ) -> None:
         self.counters = Counters()
         self.flush_due = False
@@ -93,7 +94,8 @@ class Connection:
         self._on_closed = on_closed
         self._resends = resends
         self._outgoing = Outgoing()
-        self._receiver = Receiver(export)
+        self._receiver = Receiver(export, self._take_memory)
+        self._share = Share(memory)
         self._shortcut: MemoryShortcut | None = None
         if channel.memory is not None:
             self._shortcut = MemoryShortcut(
@@ -129,6 +131,17 @@ class Connection:
         """Give memory back that only traffic needs."""
         if self.idle:
             self._receiver.rest()
+            self._count_memory()
+
+    @property
+    def moved(self) -> int:
+        """The bytes that the peer has taken and sent, about."""
+        return self._outgoing.sent + self.counters.written_bytes + self._receiver.arrived
+
+    @property
+    def waits_for_peer(self) -> bool:
+        """Whether the peer must take a reply or send the rest of a payload."""
+        return self._blocked or self._receiver.receives_large
 
     # --- ending ---
 
@@ -193,8 +206,9 @@ class Connection:
         self._outgoing.clear()
         self._receiver.clear()
         self._backlog.clear()
+        self._share.give_up(self)
         if not self._in_flight and self._closed is not None:
-            on_closed, self._on_closed = self._on_closed, _nothing
+            on_closed, self._on_closed = self._on_closed, lambda *_: None
             on_closed(self, self._closed)
 
     # --- receiving ---
@@ -266,20 +280,20 @@ class Connection:
         size = -1 if self._refusing else export.size
         unaligned = export.block_size - 1
         last_plain = NBD_CMD_READ if export.readonly else NBD_CMD_WRITE
-        room = BYTES_MAX - self._in_flight_bytes - outgoing.waiting
+        room = self._share.most() - self._in_flight_bytes - outgoing.waiting
         reads = read_bytes = writes = written_bytes = 0
         rest = iter(requests)
         for request in rest:
             command, flags, cookie, offset, length, _ = request
-            if (
-                flags
-                or command > last_plain
-                or not 0 < length <= MAX_PAYLOAD
-                or (offset | length) & unaligned
-                or offset + length > size
-            ) and not self._admit(request):
-                continue
             try:
+                if (
+                    flags
+                    or command > last_plain
+                    or not 0 < length <= RESERVE
+                    or (offset | length) & unaligned
+                    or offset + length > size
+                ) and not self._admit(request):
+                    continue
                 data = submit(request, self)
                 if data is None:
                     room -= self._hold(command, length)
@@ -317,7 +331,11 @@ class Connection:
         receiver, outgoing = self._receiver, self._outgoing
         queued = self._in_flight + len(outgoing.buffers)
         moved = self._in_flight_bytes + outgoing.waiting
-        if self._backlog or receiver.more or queued > QUEUE_MAX or moved > BYTES_MAX:
+        if moved > RESERVE or self._share.bytes:
+            self._count_memory()
+        if (self._backlog or receiver.more or queued > QUEUE_MAX) or (
+            moved > RESERVE and moved > self._share.most()
+        ):
             self._paused = True
         if receiver.error is not None and self._ending is None:
             self._end_for_peer(str(receiver.error))
@@ -342,6 +360,8 @@ class Connection:
         if error or (length == 0 and command != NBD_CMD_FLUSH):
             self._answer(cookie, error)
             return False
+        if command == NBD_CMD_READ and length > RESERVE and not self._take_memory(length):
+            raise Busy
         return True
 
     def _answer(self, cookie: int, error: int) -> None:
@@ -416,7 +436,9 @@ class Connection:
             return
         queued = self._in_flight + len(self._outgoing.buffers)
         moved = self._in_flight_bytes + self._outgoing.waiting
-        if not self._busy and queued <= QUEUE_MAX // 2 and moved <= BYTES_MAX // 2:
+        if self._share.bytes:
+            self._count_memory()
+        if not self._busy and queued <= QUEUE_MAX // 2 and moved <= self._share.most() // 2:
             if self._backlog or self._receiver.more:
                 requests = self._backlog or self._receiver.received(0)
                 self._backlog = []
@@ -433,6 +455,21 @@ class Connection:
             self._events = wanted
             self._reactor.modify_fd(self._sock.fileno(), wanted)
 
+    # --- memory ---
+
+    def _take_memory(self, length: int) -> bool:
+        """Occupy memory for a large request; False: later, `resume` will be called."""
+        if self._share.take(self, length):
+            return True
+        self._busy = True
+        return False
+
+    def _count_memory(self) -> None:
+        total = self._receiver.memory_bytes
+        if self._shortcut is None:  # else they are the disk's own
+            total += self._in_flight_bytes + self._outgoing.waiting
+        self._share.count(self, total)
+
     # --- sending ---
 
     def flush(self) -> bool:
@@ -448,7 +485,8 @@ class Connection:
                     if outgoing.waiting and not self._blocked:
                         # All that one call takes went; the rest does next turn.
                         self._reactor.mark_flush(self)
-                if self._blocked or self._paused or self._ending or self._events != READABLE:
+                calm = self._events == READABLE and not self._share.bytes
+                if self._blocked or self._paused or self._ending or not calm:
                     self._go_on()
         except OSError as error:
             self.close(f"sending failed: {reason(error)}")
@@ -460,7 +498,3 @@ class Connection:
         if self._closed is not None:
             self._release()
         return sent
-
-
-def _nothing(_connection: Connection, _reason: str) -> None:
-    """Stand in for `on_closed` once it was called."""

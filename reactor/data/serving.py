@@ -11,6 +11,7 @@ from typing import Any, Final
 from backends import registry
 from backends.api import Disk, Event
 from backends.emulation import open_channel
+from reactor.data.clientmemory import ClientMemory
 from reactor.data.connection import Connection
 from reactor.data.counters import COUNTERS
 from reactor.log import logger
@@ -63,11 +64,13 @@ class ServedDisk:
         shared: bool,
         on_removed: Callable[[ServedDisk, str], None],
         on_disconnected: Callable[[ServedDisk, int, str], None],
+        memory: ClientMemory | None = None,
     ) -> None:
         self.spec = spec
         self.leads = False
         self.members: list[int] = []  # cores whose workers get clients from this one, if it leads
         self._reactor = reactor
+        self._memory = memory
         self._on_removed = on_removed
         self._on_disconnected = on_disconnected
         self._generations: dict[Connection, int] = {}  # 0: a client, else the kernel's
@@ -133,6 +136,7 @@ class ServedDisk:
             *(self._reactor, sock, self.export, self._channel, self._closed),
             trailing=trailing,
             resends=generation != 0,
+            memory=None if generation else self._memory,
         )
         self._generations[connection] = generation
         if generation:

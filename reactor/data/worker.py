@@ -16,6 +16,7 @@ from typing import Final
 
 from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
 from reactor.data.awaiting import await_storage
+from reactor.data.clientmemory import ClientMemory
 from reactor.data.listener import Listener
 from reactor.data.serving import ServedDisk
 from reactor.data.spread import ClientSpread
@@ -49,6 +50,7 @@ class Worker:
         self._core = core
         self._instance = instance
         self._runtime_dir = runtime_dir
+        self._memory = ClientMemory(reactor)
         self._disks: dict[str, ServedDisk] = {}
         self._spreads: dict[str, ClientSpread] = {}  # of the shared disks whose listeners are here
         # Disks that wait for their storage: the command and what will go on with it.
@@ -225,6 +227,7 @@ class Worker:
             shared=shared,
             on_removed=self._on_removed,
             on_disconnected=self._on_disconnected,
+            memory=self._memory,
         )
 
     def _forget_retry(self, name: str) -> None:

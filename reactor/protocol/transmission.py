@@ -117,17 +117,20 @@ class Receiver:
 
     Receive into `recv_spaces`, in their order, then tell `received` how much came. Payloads are
     views of the receiver's memory, valid until the next `recv_spaces`. What `shortcut` answers is
-    not returned. Invariant: `0 <= begin <= end <= CAPACITY`, where `begin..end` is received and
+    not returned. `take_memory(length)` says whether a large payload may have memory; if not, there
+    is `more`. Invariant: `0 <= begin <= end <= CAPACITY`, where `begin..end` is received and
     not yet parsed.
     """
 
-    def __init__(self, export: Export) -> None:
+    def __init__(self, export: Export, take_memory: Callable[[int], bool] | None = None) -> None:
         #: Set once the stream cannot be trusted; what came before it was handed out.
         self.error: ProtocolError | None = None
-        #: Whether `received(0)` has more requests, beyond the `REQUESTS_MAX` of a batch.
+        #: Whether `received(0)` has more requests: beyond the `REQUESTS_MAX` of a batch, or one for
+        #: whose payload there was no memory.
         self.more = False
         self.shortcut: Shortcut | None = None
         self._export = export
+        self._take_memory = take_memory
         # Anonymous memory takes no room before it is used; a bytearray would be filled at once.
         self._mapping = mmap.mmap(-1, CAPACITY, flags=mmap.MAP_PRIVATE)
         self._buffer = memoryview(self._mapping)
@@ -146,6 +149,24 @@ class Receiver:
     def within_request(self) -> bool:
         """Whether a request has begun and not ended."""
         return self._end > self._begin or self._skip > 0 or self._large is not None
+
+    @property
+    def receives_large(self) -> bool:
+        """Whether a payload is being received into memory of its own."""
+        return self._large is not None
+
+    @property
+    def arrived(self) -> int:
+        """The bytes that have come of such a payload."""
+        if self._large is None or self._taken is None:
+            return 0
+        return len(self._taken) - len(self._large)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The size of the memory of large payloads, with what is kept for the next."""
+        kept = (self._spare, self._given, self._taken)
+        return sum(len(memory) for memory in kept if memory is not None)
 
     def recv_spaces(self) -> list[memoryview]:
         """Return where to receive; it ends the life of all payloads handed out."""
@@ -217,7 +238,7 @@ class Receiver:
 
     def clear(self) -> None:
         """Let go of memory that is not its own; nothing is received any more."""
-        self.shortcut = self._large = None
+        self.shortcut = self._take_memory = self._large = None
 
     def receive_into(self, memory: memoryview) -> None:
         """Receive what comes next there: `shortcut` has taken the header, and will be called."""
@@ -249,22 +270,30 @@ class Receiver:
                 append((command, flags, cookie, offset, length, buffer[payload:begin]))
                 continue
             if length > IN_PLACE_MAX:
-                self._begin_large((command, flags, cookie, offset, length, None), payload)
-                begin = end
+                if self._begin_large((command, flags, cookie, offset, length, None), payload):
+                    begin = end
+                else:
+                    self.more = True
             break
         else:
             self.more = begin <= last
         self._begin = begin
 
-    def _begin_large(self, header: Request, payload: int) -> None:
-        """Take the header of a payload that does not fit the buffer, and what came of it."""
+    def _begin_large(self, header: Request, payload: int) -> bool:
+        """Take the header of a payload that does not fit the buffer, and what came of it.
+
+        False: not now, for there is no memory.
+        """
         command, flags, cookie, offset, length, _ = header
         if length > MAX_PAYLOAD:
             self.error = ProtocolError(f"write of {length} bytes, more than {MAX_PAYLOAD}")
-            return
+            return True
         came = self._end - payload
         error = validate(header, self._export)
         if not error:
+            spare = self._spare is not None and len(self._spare) >= length
+            if not (spare or self._take_memory is None or self._take_memory(length)):
+                return False
             try:
                 memory = self._memory(length)
             except OSError:
@@ -273,9 +302,10 @@ class Receiver:
                 memory[:came] = self._buffer[payload : self._end]
                 self._large = memory[came:]
                 self._header = (command, flags, cookie, offset, length, memory)
-                return
+                return True
         self._header = (REFUSED | error, flags, cookie, offset, length, None)
         self._skip = length - came
+        return True
 
     def _memory(self, length: int) -> memoryview:
         spare, self._spare = self._spare, None

@@ -7,7 +7,8 @@ import errno
 import pytest
 
 from backends.api import DONE, Buffer, Request
-from reactor.data.connection import BYTES_MAX, FAILURES_LOGGED, QUEUE_MAX
+from reactor.data.clientmemory import CLIENT_BYTES_MAX
+from reactor.data.connection import FAILURES_LOGGED, QUEUE_MAX
 from reactor.loop import READABLE, WRITABLE
 from reactor.protocol.wire import MAX_PAYLOAD
 from tests.unit.pumping import CallChannel, HeldChannel, Lent, Pump, null_disk, pattern
@@ -352,11 +353,11 @@ def test_28_bytes_that_ask_for_32_mib_count_as_32_mib() -> None:
     with Pump(held, export=export(size=1 << 30)) as pump:
         pump.send(b"".join(request(READ, 0, 16 << 20, cookie=i) for i in range(20)))
         pump.turns(20)
-        assert len(held.pending) == BYTES_MAX // (16 << 20)
+        assert len(held.pending) == CLIENT_BYTES_MAX // (16 << 20)
         for _ in range(18):
             held.finish(error=errno.EIO)
             pump.turns()
-            assert len(held.pending) <= BYTES_MAX // (16 << 20)
+            assert len(held.pending) <= CLIENT_BYTES_MAX // (16 << 20)
         assert [cookie for cookie, *_ in held.submitted] == list(range(20))
 
 
@@ -364,7 +365,7 @@ def test_large_reads_that_nobody_takes_are_bounded_by_their_bytes() -> None:
     with Pump(export=export(size=1 << 30), disk=null_disk(1 << 30), send_buffer=65536) as pump:
         pump.send(b"".join(request(READ, 0, MAX_PAYLOAD, cookie=i) for i in range(100)))
         pump.turns(50)
-        assert pump.connection._outgoing.waiting <= BYTES_MAX + MAX_PAYLOAD
+        assert pump.connection._outgoing.waiting <= CLIENT_BYTES_MAX + MAX_PAYLOAD
         assert not pump.connection._events & READABLE
 
 

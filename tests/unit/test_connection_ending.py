@@ -202,10 +202,12 @@ def test_but_not_for_ever() -> None:
 def test_a_peer_that_ended_and_takes_no_replies_is_dropped() -> None:
     with Pump(send_buffer=4096) as pump:
         pump.send(request(READ, 0, 1 << 20) + request(DISC))
-        pump.until(lambda: pump.connection._blocked)
-        now = pump.reactor.clock() + 11_000_000_000
+        pump.until(lambda: pump.connection._ending and pump.connection._blocked)
+        now = pump.reactor.clock()
         pump.reactor.clock = lambda: now
-        pump.until(lambda: pump.closed)
+        for _ in range(2):  # the first replies left when it had ended
+            now += 11_000_000_000
+            pump.turns()
         assert pump.closed == ["the client disconnected, but not finished in 10 s"]
 
 
