@@ -15,12 +15,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Final, Literal, TypeAlias
 
 LogFormat: TypeAlias = Literal["text", "json"]
 FORMATS: Final[tuple[LogFormat, ...]] = ("text", "json")
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 LINES_MAX: Final = 10_000  # that wait to be written; more are lost
+ALIKE_MAX: Final = 200  # lines of one kind in a second; the others are counted
 END_SECONDS: Final = 2.0  # for what waits when the process ends
 
 
@@ -53,11 +55,39 @@ class _Json(logging.Formatter):
         return json.dumps(line)
 
 
+class _Flood:
+    """Keeps lines of one kind from flooding the log: thousands may connect, and be refused."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since = clock()
+        self._lines: dict[str, int] = {}  # by the message without its arguments
+
+    def admits(self, record: logging.LogRecord) -> bool:
+        """Count a line; returns whether it is to be written."""
+        count = self._lines[record.msg] = self._lines.get(record.msg, 0) + 1
+        return count <= ALIKE_MAX
+
+    def end_second(self) -> list[str]:
+        """Say what was not written, if a second is over."""
+        now = self._clock()
+        if now - self._since < 1:
+            return []
+        self._since = now
+        lines, self._lines = self._lines, {}
+        return [
+            f"not logged: {count - ALIKE_MAX} more lines like: {kind}"
+            for kind, count in lines.items()
+            if count > ALIKE_MAX
+        ]
+
+
 class _Writer(logging.Handler):
     """Hands each line to the thread that writes."""
 
     def __init__(self) -> None:
         super().__init__()
+        self._flood = _Flood()
         self._lines: queue.Queue[str | None] = queue.Queue(LINES_MAX)
         self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
         # Signals are for the main thread: there they may be blocked.
@@ -67,7 +97,11 @@ class _Writer(logging.Handler):
         atexit.register(self._end)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.write(self.format(record))
+        for left_out in self._flood.end_second():
+            report = logging.LogRecord(record.name, logging.WARNING, "", 0, left_out, (), None)
+            self.write(self.format(report))
+        if self._flood.admits(record):
+            self.write(self.format(record))
 
     def write(self, line: str) -> None:
         """Write a line, or lose it when too many wait."""
