@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import re
 import threading
 import time
 import zlib
@@ -19,6 +20,9 @@ from tests.running import RunningService
 
 SEED = int(os.environ.get("NBD_REACTOR_SEED") or random.SystemRandom().getrandbits(32))
 SETTLING_SECONDS = 5.0  # what is ending when a test returns may end
+
+# The memory of a disk of a service, which has 8 random digits for its name.
+SERVICE_MEMORY = re.compile(r"/dev/shm/nbd-reactor-([0-9a-f]{8})-")
 
 # Tests assert no times; a slow machine is no failure.
 settings.register_profile("default", deadline=None, print_blob=True)
@@ -37,11 +41,12 @@ def _seeded(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_leaks() -> Iterator[None]:
+def _no_leaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    ours = tmp_path_factory.getbasetemp()
     before = _held()
     yield
     deadline = time.monotonic() + SETTLING_SECONDS
-    while (leaked := _unclaimed(_held() - before)) and time.monotonic() < deadline:
+    while (leaked := _unclaimed(_held() - before, ours)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not leaked, "left behind: " + ", ".join(sorted(leaked))
 
@@ -91,16 +96,17 @@ def _shared_memory() -> Iterator[str]:
     return (str(path) for path in Path("/dev/shm").glob("nbd-reactor-*"))
 
 
-def _unclaimed(leaked: set[str]) -> set[str]:
-    """Leave out the memory that a process maps: it is another service's, not this test's."""
-    memory = {name for name in leaked if name.startswith("/dev/shm/")}
-    for maps in Path("/proc").glob("[0-9]*/maps") if memory else ():
-        try:
-            text = maps.read_text()
-        except OSError:  # the process ended
-            continue
-        leaked = leaked - {name for name in memory if name in text}
-    return leaked
+def _unclaimed(leaked: set[str], ours: Path) -> set[str]:
+    """Leave out the memory of services that run beside the tests.
+
+    It is a service's of ours if the name of its instance is in a runtime directory below `ours`;
+    what a test names itself, without a service, is ours too.
+    """
+    names = {name: match[1] for name in leaked if (match := SERVICE_MEMORY.match(name))}
+    if not names:
+        return leaked
+    instances = {path.read_text().strip() for path in ours.rglob("instance")}
+    return leaked - {name for name, instance in names.items() if instance not in instances}
 
 
 def _devices() -> Iterator[str]:
