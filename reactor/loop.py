@@ -29,8 +29,8 @@ MODES: Final[tuple[Mode, ...]] = ("adaptive", "poll", "interrupt")
 
 EVENTS_PER_TURN: Final = 64
 # How long `adaptive` looks again after an answer before it sleeps: a little longer than the 30 us
-# that a wake-up was measured to cost (4 KiB reads at depth 1: 20.7k/s without, 49.7k at 20 us, 49.5k
-# at 50, 48.0k at 100). A peer on the same core cannot answer meanwhile: these looks are all misses.
+# that a wake-up was measured to cost (4 KiB reads at depth 1: 20.7k/s without, 49.7k at 20 us,
+# 49.5k at 50, 48.0k at 100). A peer on the same core cannot answer meanwhile: all looks are misses.
 SPIN_NS: Final = 50_000
 SPIN_MISSES_MAX: Final = 8  # in a row; then it sleeps at once
 SPIN_REST: Final = 64  # busy turns until it looks again

@@ -56,7 +56,7 @@ class SavedState:
             "successors": [spec.to_message() for spec in self.successors.values()],
             "configured": [spec.to_message() for spec in self.configured.values()],
         }
-        text = json.dumps(content, indent=1)
+        text = json.dumps(content)
         return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode()
 
 
