@@ -14,6 +14,7 @@ from socket import socket
 from typing import ClassVar, Final, Literal, TypeVar
 
 from reactor.attach import occupants, sysfs
+from reactor.attach.apart import apart
 from reactor.errors import DeviceError
 from reactor.protocol.wire import (
     NBD_FLAG_CAN_MULTI_CONN,
@@ -116,18 +117,26 @@ class Device(ABC):
     def probe(self) -> None:
         """Read the first block from the worker, past the page cache."""
         length = sysfs.block_size(self.index)
-        try:
+
+        def read() -> None:
             with _opened(self.path, os.O_DIRECT) as fd, mmap.mmap(-1, length) as buffer:
                 if os.preadv(fd, [buffer], 0) != length:
                     raise OSError(errno.EIO, "short read")
+
+        try:
+            apart(read)
         except OSError as error:
             raise self.failure("cannot be read", error) from error
 
     def flush(self) -> None:
         """Write back what the page cache holds for the device, and flush the disk."""
-        try:
+
+        def write_back() -> None:
             with _opened(self.path) as fd:
                 os.fsync(fd)
+
+        try:
+            apart(write_back)
         except OSError as error:
             raise self.failure("cannot be flushed, recent writes may be lost", error) from error
 
