@@ -38,7 +38,7 @@ BOUNDS: Final[Mapping[Point, Measures]] = {
     Point(0, 1 << 20, 1): {"allocations": 191, "copies": 0.3},
     Point(0, 1 << 20, 32): {"allocations": 172, "copies": 0.3},
 }
-LARGE_ALLOCATIONS_MAX: Final = 0.01
+LARGE_ALLOCATIONS_MAX: Final = 0.05  # one of a short run is some buffer that had to grow
 #: What the tail of a run may add to a count that is a whole number for each request.
 SLACK: Final = 0.005
 
