@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
 from reactor.data import garbage
 from reactor.loop import Reactor
-from tests.unit.looping import Clock, Poll
+
+if TYPE_CHECKING:  # at run time a plugin, which nobody may import before pytest
+    from tests.unit.looping import Clock
+
+pytest_plugins = ["tests.unit.looping"]
+Search = Callable[..., list[int]]
 
 
-def searches(monkeypatch: pytest.MonkeyPatch, *, busy: bool, count: int) -> list[int]:
-    """Return the generations of the first searches of a worker that works, or does not."""
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch, clock: Clock, make: Callable[..., Reactor]) -> Search:
+    """Returns the generations of the first searches of a worker that works, or does not."""
     found: list[int] = []
-    clock = Clock()
-    reactor = Reactor("interrupt", clock=clock, poll=Poll(clock))
+    reactor = make()
     for name in ("freeze", "disable"):
         monkeypatch.setattr(gc, name, lambda: None)
     monkeypatch.setattr(gc, "collect", lambda generation=2: found.append(generation))
-    garbage.collect_by_timer(reactor)
-    found.clear()
-    while len(found) < count:
-        clock.now += int(garbage.COLLECT_SECONDS * 1e9)
-        reactor.busy_ns += garbage.IDLE_NS * busy
-        reactor.turn()
-    reactor.close()
-    return found
+
+    def search(*, busy: bool, count: int) -> list[int]:
+        garbage.collect_by_timer(reactor)
+        found.clear()
+        while len(found) < count:
+            clock.now += int(garbage.COLLECT_SECONDS * 1e9)
+            reactor.busy_ns += garbage.IDLE_NS * busy
+            reactor.turn()
+        return found
+
+    return search
 
 
-def test_a_worker_that_works_searches_what_is_young(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = searches(monkeypatch, busy=True, count=2 * (garbage.LATEST + 1))
+def test_a_worker_that_works_searches_what_is_young(searches: Search) -> None:
+    found = searches(busy=True, count=2 * (garbage.LATEST + 1))
     assert found == ([garbage.YOUNG] * garbage.LATEST + [2]) * 2
 
 
-def test_a_worker_that_does_nothing_searches_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert searches(monkeypatch, busy=False, count=5) == [2] * 5
+def test_a_worker_that_does_nothing_searches_everything(searches: Search) -> None:
+    assert searches(busy=False, count=5) == [2] * 5
