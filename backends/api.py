@@ -202,6 +202,7 @@ class Disk(ABC):
         self.size = size
         self.block_size = block_size
         self.readonly = readonly
+        self.made = False  # it did not exist before, so that `discard` loses nothing
         self._descriptors: list[Descriptor] = []
 
     @abstractmethod

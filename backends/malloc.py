@@ -116,6 +116,7 @@ class MallocDisk(Disk):
         self, name: str, size: int, block_size: int, *, readonly: bool, memory: SharedMemory
     ) -> None:
         super().__init__(name, size, block_size, readonly=readonly)
+        self.made = memory.made
         self.memory = memory
 
     def channel(self, reactor: Reactor) -> Channel:
@@ -166,17 +167,21 @@ class MallocBackend(Backend):
         assert isinstance(size, int)
         block_size = block_size or BLOCK_SIZE
         _check_size(size, block_size)
-        identity = f"{instance}\0{name}".encode()
-        memory = SharedMemory(shared_memory(name, instance), identity, size, shared=shared)
-        return MallocDisk(name, size, block_size, readonly=readonly, memory=memory)
+        path, identity = shared_memory(name, instance), _identity(name, instance)
+        memory = SharedMemory(path, identity, size, shared=shared)
+        return MallocDisk(name, len(memory.data), block_size, readonly=readonly, memory=memory)
 
     @classmethod
     def discard(cls, name: str, instance: str) -> None:
-        shared_memory(name, instance).unlink(missing_ok=True)
+        sharedmemory.remove(shared_memory(name, instance), _identity(name, instance))
 
     @classmethod
     def leftovers(cls, instance: str) -> list[str]:
         return sharedmemory.names(instance)
+
+
+def _identity(name: str, instance: str) -> bytes:
+    return f"{instance}\0{name}".encode()
 
 
 def _check_size(size: int, block_size: int) -> None:

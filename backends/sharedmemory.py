@@ -52,6 +52,21 @@ def names(instance: str) -> list[str]:
     return [unquote(path.name.removeprefix(prefix)) for path in DIRECTORY.glob(f"{prefix}*")]
 
 
+def remove(path: Path, identity: bytes) -> None:
+    """Remove the memory of a disk, if it is that; raises OSError."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+            header = file.read(HEADER.size)
+    except FileNotFoundError:
+        return
+    if any(header):
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise OSError(errno.EEXIST, "it is not a memory disk and is left alone", str(path))
+        if HEADER.unpack(header)[3] != hashlib.sha256(identity).digest():
+            raise OSError(errno.EEXIST, "it belongs to another disk and is left alone", str(path))
+    path.unlink()
+
+
 class SharedMemory:
     """The memory of one disk, made or found. Raises OSError with a clear text.
 
@@ -67,21 +82,23 @@ class SharedMemory:
         self._shared = shared
         self._digest = hashlib.sha256(identity).digest()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        made = False
+        self.made = False  # it held no disk before
         try:
             self._claim()
             found = self._size_found()
-            made = found is None
+            self.made = found is None
             if found is None:
                 self._make(size)
                 found = size
             self.map(found)
-            if found != size:
+            if found < size:
                 # Its worker died in a resize, or its config changed while nobody served it.
                 log.warning("%s is resized from %d to %d bytes", path, found, size)
                 self.resize(size)
+            elif found > size:
+                log.warning("%s keeps its %d bytes; only a resize cuts a disk", path, found)
         except OSError as error:
-            if made:
+            if self.made:
                 path.unlink(missing_ok=True)
             os.close(self._fd)
             text = error.strerror or ""

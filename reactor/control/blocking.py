@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from reactor import background
 from reactor.errors import DeviceError
 from reactor.log import logger
 from reactor.loop import Reactor
@@ -37,8 +37,11 @@ class BlockingCall(Generic[Result]):
         self._done: Callable[[Result | None, Exception | None], None] | None = done
         self._late = late
         self._timer = reactor.call_later(seconds, lambda: self._expire(seconds))
-        # A daemon: a thread stuck in the kernel must not keep the controller from exiting.
-        threading.Thread(target=self._run, args=(function,), name=name, daemon=True).start()
+        try:
+            background.start(lambda: self._run(function))
+        except OSError as error:
+            failure = error
+            reactor.call_from_thread(lambda: self._finish(None, failure))
 
     def abandon(self) -> None:
         """Make sure that `done` does not come."""

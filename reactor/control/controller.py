@@ -46,6 +46,7 @@ class Controller:
         self.started_at = time.time()
         self.started_ns = platform.reactor.clock()
         self.exit_status = 0
+        self.keeps = options.on_exit == "keep"  # devices, memory and state, when it stops
         self.reactor = platform.reactor
         self._options = options
         self._platform = platform
@@ -56,7 +57,8 @@ class Controller:
         self._configured: dict[str, DiskSpec] = {}  # as the config gave them
         self._successors: dict[str, DiskSpec] = {}  # made when the disk of that name is gone
         self._saved: SavedState | None = None
-        self._unsaved = False  # it could not be saved, and that was said
+        self._unsaved: OSError | None = None  # why it could not be saved, which was said
+        self._took_over = False  # what a dead controller left
         self._ticks = 0
         self._ready = self._stopping = self._forced = False
         self._host = Host(
@@ -75,6 +77,7 @@ class Controller:
         changed nothing, when `specs` cannot be placed.
         """
         saved = saved or SavedState()
+        self._took_over = bool(saved.wishes)
         before = saved.configured
         now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
         try:
@@ -83,8 +86,9 @@ class Controller:
             raise UsageError(reason(error)) from error
         self._configured = now
         self._successors = {name: now[name] for name in saved.successors if name in now}
+        known = {wish.spec.name for wish in saved.wishes}
         for wish in wishes:
-            self._add(wish)
+            self._add(wish, known=wish.spec.name in known)
         self._save()
         leftovers.detach_unclaimed(self._platform, self._host.tag(""), self._is_on_device)
         self._workforce.begin()
@@ -124,6 +128,7 @@ class Controller:
 
     def create(self, spec: DiskSpec, done: Done) -> None:
         """Make a new disk and bring it up."""
+        done = self._when_saved(done)
         try:
             self._check_new(spec)
             disk = self._add(Wish(spec, place(spec, self._placed(), self._machine)))
@@ -146,7 +151,7 @@ class Controller:
         if disk is not None:
             for core in disk.placement.cores:
                 self._workers[core].revive()
-            disk.want("online", done)
+            disk.want("online", self._when_saved(done))
 
     def stop(self, name: str, done: Done) -> None:
         """Drain and stop a disk; it stays known."""
@@ -154,20 +159,20 @@ class Controller:
         if disk is not None and name in self._successors:
             done(OSError(errno.EBUSY, f"disk {name} is being replaced by its new config"))
         elif disk is not None:
-            disk.want("stopped", done)
+            disk.want("stopped", self._when_saved(done))
 
     def remove(self, name: str, done: Done) -> None:
         """Hot-remove a disk and forget it."""
         disk = self._named(name, done)
         if disk is not None:
             self._successors.pop(name, None)
-            disk.want("gone", done, hot=True)
+            disk.want("gone", self._when_saved(done), hot=True)
 
     def resize(self, name: str, size: int, done: Done) -> None:
         """Change a disk's size and tell the kernel."""
         disk = self._named(name, done)
         if disk is not None:
-            disk.resize(size, done)
+            disk.resize(size, self._when_saved(done))
 
     def attach(
         self, name: str, device: str | None, done: Callable[[str | Exception], None]
@@ -176,6 +181,8 @@ class Controller:
         disk = self._disks.get(name)
         if disk is None:
             done(OSError(errno.ENODEV, f"there is no disk {name}"))
+        elif self._stopping:
+            done(OSError(errno.ESHUTDOWN, "the service is stopping"))
         elif device is not None and self._holder(device) is not None:
             done(OSError(errno.EBUSY, f"{device} is in use by disk {self._holder(device)}"))
         else:
@@ -186,8 +193,10 @@ class Controller:
         name = self._holder(device)
         if name is None:
             done(OSError(errno.ENODEV, f"{device} is not a device of this service"))
+        elif self._stopping:
+            done(OSError(errno.ESHUTDOWN, "the service is stopping"))
         else:
-            self._disks[name].detach(done)
+            self._disks[name].detach(self._when_saved(done))
 
     def reload(self, done: Done) -> None:
         """Read the config again and become what it says."""
@@ -240,7 +249,7 @@ class Controller:
         self._successors.clear()
         self.reactor.call_later(STOP_SECONDS, self._force)
         for disk in list(self._disks.values()):
-            disk.keep_device = self._options.on_exit == "keep"
+            disk.keep_device = self.keeps
             disk.want("gone")
         self._end_if_stopped()
 
@@ -305,7 +314,8 @@ class Controller:
         spec = self._successors.pop(disk.spec.name, None)
         try:
             if spec is not None:
-                self._add(Wish(spec, place(spec, self._placed(), self._machine)))
+                known = spec.same_storage(disk.spec) and disk.has_storage
+                self._add(Wish(spec, place(spec, self._placed(), self._machine)), known=known)
         except OSError as error:
             log.error("%s", reason(error))
             disk.discard()
@@ -326,13 +336,16 @@ class Controller:
         if self._ready:
             return
         self._ready = True
-        failed = [disk.spec.name for disk in self._disks.values() if disk.state != "online"]
+        states = {disk.spec.name: disk.state for disk in self._disks.values()}
+        failed = [name for name, state in states.items() if state == "failed"]
         if failed and self._options.strict:
             tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")
             self.exit_status = 1
+            # What was there before, and serves somebody, is left as it was found.
+            self.keeps = self.keeps or self._took_over
             self.shut_down()
             return
-        online = len(self._disks) - len(failed)
+        online = sum(state == "online" for state in states.values())
         line = f"ready: {online} of {len(self._disks)} disks on {len(self._workers)} workers"
         if failed:
             line += f"; failed: {', '.join(failed)}"
@@ -390,9 +403,9 @@ class Controller:
     def _placed(self) -> list[tuple[DiskSpec, Placement]]:
         return [(disk.spec, disk.placement) for disk in self._disks.values()]
 
-    def _add(self, wish: Wish) -> DiskControl:
+    def _add(self, wish: Wish, *, known: bool = False) -> DiskControl:
         spec = wish.spec
-        disk = DiskControl(self._host, wish, self._workers)
+        disk = DiskControl(self._host, wish, self._workers, known=known)
         self._disks[spec.name] = disk
         if spec.device is not None:
             # With one connection and no timeout a request may take any time.
@@ -412,11 +425,24 @@ class Controller:
             return
         try:
             self._platform.save(state.encode(self._platform.instance))
-            self._saved = state
         except OSError as error:
-            if not self._unsaved:
+            if self._unsaved is None:
                 log.error("a controller that starts now would not know all: %s", reason(error))
-        self._unsaved = state != self._saved
+            self._unsaved = error
+        else:
+            self._saved, self._unsaved = state, None
+
+    def _when_saved(self, done: Done) -> Done:
+        """Return a `done` that tells no success that the next controller would not know of."""
+
+        def answer(error: Exception | None) -> None:
+            self._save()
+            if error is None and self._unsaved is not None and not self._stopping:
+                why = f"it is done, but cannot be saved for a restart: {reason(self._unsaved)}"
+                error = OSError(self._unsaved.errno, why)
+            done(error)
+
+        return answer
 
     def _is_on_device(self, name: str) -> bool:
         disk = self._disks.get(name)

@@ -65,6 +65,8 @@ class DiskControl:
         host: Host,
         wish: Wish,
         workers: Mapping[int, WorkerProcess],  # by core
+        *,
+        known: bool,  # it was open before: to an earlier controller, or under another config
     ) -> None:
         self.spec = spec = wish.spec
         self.placement = placement = wish.placement
@@ -76,6 +78,7 @@ class DiskControl:
         self._host = host
         self._former = {core: workers.get(core) for core in wish.former}
         self._hot = wish.hot
+        self._known = known
         self._saved = wish  # when it was last kept
         if wish.hot and wish.desired == "online":
             self.failure = ReactorError("its storage was removed")
@@ -170,6 +173,11 @@ class DiskControl:
         self._again(None)
 
     # --- what it is ---
+
+    @property
+    def has_storage(self) -> bool:
+        """Whether what it keeps outside its workers can be its own: it was open once."""
+        return self._known or self._shares.has_storage
 
     @property
     def wish(self) -> Wish:
@@ -395,7 +403,7 @@ class DiskControl:
             self._shares.stop()
         else:
             keep_memory = self.keep_device or self._host.is_succeeded(self)
-            if self.desired == "gone" and not keep_memory:
+            if self.desired == "gone" and not keep_memory and self.has_storage:
                 self.discard()
             self._settle()
 

@@ -67,7 +67,7 @@ def run(options: Options) -> int:
         leftovers.report(runtime.instance, {disk.spec.name for disk in controller.disks()})
         reactor.run()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        if options.on_exit == "disconnect":
+        if not controller.keeps:
             runtime.forget()
     return controller.exit_status
 

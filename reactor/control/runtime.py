@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from reactor.control.saved import SavedState, decode
 from reactor.control.statefile import replace_file
 from reactor.errors import ReactorError, reason
+from reactor.log import logger
 
 #: The longest file in it that is a socket, `worker-NNN.sock`, must fit in struct sockaddr_un.
 PATH_MAX: Final = 107 - len("/worker-1023.sock")
 STATE: Final = "state.json"
 LINE_MAX: Final = 8192  # bytes of a lock file
+STATE_MAX: Final = 256 << 20  # bytes
+OWNER_SECONDS: Final = 1.0  # until a worker that has its lock must have said so
+OWNER_PAUSE_SECONDS: Final = 0.02
+
+log = logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +79,8 @@ class RuntimeDir:
         """Return what was running; None when nothing was. Raises ReactorError, and keeps it."""
         path = self.path / STATE
         try:
-            return decode(path.read_bytes(), self.instance)
+            with _opened(path) as file:
+                return decode(file.read(STATE_MAX), self.instance)
         except FileNotFoundError:
             return None
         except (OSError, ReactorError, ValueError, LookupError, TypeError) as error:
@@ -107,29 +119,56 @@ class RuntimeDir:
     def _read_instance(self) -> str:
         path = self.path / "instance"
         try:
-            instance = path.read_text().strip()
+            with _opened(path) as file:
+                instance = file.read(LINE_MAX).decode(errors="replace").strip()
         except FileNotFoundError:
             instance = secrets.token_hex(4)
-            path.write_text(instance + "\n")
-        if not instance.isalnum():
+            replace_file(path, f"{instance}\n".encode())
+        if not (instance.isascii() and instance.isalnum()):
             raise ReactorError(f"{path} is damaged; remove it if no service runs on it")
         return instance
 
 
 def _left_worker(path: Path) -> LeftWorker | None:
     """Return who holds the lock of a core, if anyone does."""
-    with path.open("rb") as lock:
-        pid, _, start_line = lock.read(LINE_MAX).decode(errors="replace").partition("\n")
-        core = path.stem.removeprefix("worker-")
-        try:
-            pidfd = os.pidfd_open(int(pid))
-        except (ValueError, ProcessLookupError):
-            return None
-        # Only now is it certain that the pid is not another process's by this time.
-        if _is_locked(lock.fileno()) and core.isdigit():
-            return LeftWorker(int(core), int(pid), pidfd, start_line.strip())
-        os.close(pidfd)
+    core = path.stem.removeprefix("worker-")
+    if not (core.isascii() and core.isdigit()):
         return None
+    deadline = time.monotonic() + OWNER_SECONDS
+    try:
+        with _opened(path) as lock:
+            while _is_locked(lock.fileno()):
+                lock.seek(0)
+                pid, _, start_line = lock.read(LINE_MAX).decode(errors="replace").partition("\n")
+                # A worker that has just taken the lock shows the pid of who had it before.
+                if pid.isascii() and pid.isdigit() and int(pid) in _owners(lock.fileno()):
+                    return LeftWorker(
+                        int(core), int(pid), os.pidfd_open(int(pid)), start_line.strip()
+                    )
+                if time.monotonic() > deadline:
+                    log.warning("%s is locked by a process that does not say who it is", path)
+                    return None
+                time.sleep(OWNER_PAUSE_SECONDS)
+    except OSError as error:
+        log.warning("%s is left alone: %s", path, reason(error))
+    return None
+
+
+def _owners(fd: int) -> set[int]:
+    """Return the processes that hold a flock on the file (proc(5), /proc/locks)."""
+    inode = f":{os.fstat(fd).st_ino}"
+    lines = (line.split() for line in Path("/proc/locks").read_text().splitlines())
+    return {int(line[4]) for line in lines if line[1] == "FLOCK" and line[5].endswith(inode)}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file; raises OSError for anything else, and never waits."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        yield file
 
 
 def _is_locked(fd: int) -> bool:

@@ -76,6 +76,7 @@ class Shares:
         on_failed: Callable[[Exception], None],
     ) -> None:
         self.geometry = Geometry()
+        self.has_storage = self._had_storage = False  # a worker has opened the disk, or may have
         self._errand = errand
         self._disk = disk
         self._all = shares
@@ -167,6 +168,7 @@ class Shares:
             ),
         )
         leads = share.worker.core == core
+        self._had_storage, self.has_storage = self.has_storage, True  # should it never answer
         spec = spec.with_device(None)  # what the worker needs not know changes without it
 
         def started(_worker: WorkerProcess, message: Message) -> None:
@@ -281,6 +283,9 @@ class Shares:
             share.worker.kill(f"it cannot {command} disk {self._disk}: {reason(error)}")
         elif command == "start" and self.opened:
             self._give_up(share, error)
+        elif command == "start":
+            self.has_storage = self._had_storage
+            self._on_failed(error)
         elif command == "resize":
             self._on_refused(error)
         else:
@@ -303,6 +308,7 @@ class Shares:
 
     def _learn(self, told: Mapping[str, Any]) -> None:
         """Take what the first that has the disk says of it."""
+        self.has_storage = True
         if not self.opened:
             size, block_size, flags = (told[key] for key in ("size", "block_size", "flags"))
             self.geometry = Geometry(size, block_size, flags)

@@ -11,7 +11,8 @@ def replace_file(path: Path, data: bytes) -> None:
     """Make `data` the content of `path`, durably; raises OSError and leaves what was there."""
     new = path.with_name(path.name + ".new")
     try:
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(new, flags, 0o600)
         with open(fd, "wb") as file:  # noqa: PTH123 (a descriptor)
             file.write(data)
             file.flush()

@@ -27,7 +27,7 @@ from reactor.messages import start_line
 
 BOOT_FAILURE: Final = 3  # exit status: starting again will not help
 SHORTAGE: Final = 4  # exit status: of something that there may be later
-SHORTAGES: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC)
+SHORTAGES: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EAGAIN)
 # For a moment the core's lock may be that of a worker whose controller died while it started.
 LOCK_SECONDS: Final = 1.0
 LOCK_PAUSE_SECONDS: Final = 0.02

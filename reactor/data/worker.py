@@ -14,6 +14,7 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import Final
 
+from backends import registry
 from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
 from reactor.data.awaiting import await_storage
 from reactor.data.clientmemory import ClientMemory
@@ -196,6 +197,8 @@ class Worker:
                 self._listen(served)
             except BaseException:
                 served.stop(0, lambda: None)
+                if served.disk.made:
+                    registry.backend(spec.backend).discard(spec.name, self._instance)
                 raise
             self._disks[spec.name] = served
         elif replace(served.spec, listen=spec.listen).with_size(0) != spec.with_size(0):

@@ -41,7 +41,7 @@ disks:
     workers = running.workers()
     fio = [
         subprocess.Popen(
-            fio_verify_command(device, "8M", loops="16"),
+            fio_verify_command(device, "8M", loops="64"),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -53,7 +53,6 @@ disks:
             written = writes(running)
             jump(seconds)
             running.await_true(lambda written=written: writes(running) > written)
-        assert all(process.poll() is None for process in fio), "it must go on over all jumps"
         for process in fio:
             output, _ = process.communicate(timeout=100)
             assert process.returncode == 0, output.decode()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -225,8 +227,11 @@ def test_a_damaged_state_is_refused_and_nothing_is_touched(
 def test_a_state_that_cannot_be_saved_stops_nothing(service: Start, tmp_path: Path) -> None:
     running = service(ram(tmp_path, "a"))
     (running.runtime_dir / "state.json.new").mkdir()
-    running.rpc("bdev_malloc_create", name="made", num_blocks=2048, block_size=512)
+    keys = {"backend": "malloc", "size": "1MiB"}
+    answer = running.rpc_raw("reactor_start_disk", name="made", keys=keys)
+    assert "it is done, but cannot be saved for a restart" in answer["error"]["message"]
     running.await_line("a controller that starts now would not know all")
+    assert running.rpc("reactor_get_disks", name="made")[0]["state"] == "online"
     (running.runtime_dir / "state.json.new").rmdir()
     running.await_true(lambda: b'"made"' in (running.runtime_dir / "state.json").read_bytes())
 
@@ -254,3 +259,74 @@ def test_the_worker_of_an_older_program_is_replaced(service: Start, tmp_path: Pa
     after = again(service, running)
     assert not lives(worker)
     assert after.workers().keys() == {0}
+
+
+def test_a_strict_start_that_fails_leaves_what_it_found(service: Start, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    config = ram(tmp_path, "a", "stopped") + f"  f: {{backend: file, path: {image}}}\n"
+    running = service(config)
+    nbdsh(tmp_path, "a", "h.pwrite(b's' * 4096, 0)")
+    running.rpc("reactor_stop_disk", name="stopped")
+    for worker in crash(running).values():
+        worker.kill()
+    image.rename(tmp_path / "away")
+    strict = again(service, running, "--strict", await_ready=False)
+    assert strict.process.wait(60) == 1
+    assert "not started: f (--strict)" in strict.log
+    (tmp_path / "away").rename(image)
+    again(service, running, "--strict")
+    nbdsh(tmp_path, "a", "assert h.pread(4096, 0) == b's' * 4096")
+
+
+def test_a_disk_that_cannot_be_made_removes_nothing(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    nbdsh(tmp_path, "a", "h.pwrite(b'l' * 4096, 0)")
+    for worker in crash(running).values():
+        worker.kill()
+    (running.runtime_dir / "state.json").unlink()
+    after = service(runtime_dir=running.runtime_dir)
+    keys = {"backend": "malloc", "size": "8MiB"}
+    nowhere = {**keys, "listen": "unix:/nonexistent/a.sock"}
+    assert "error" in after.rpc_raw("reactor_start_disk", name="a", keys=nowhere)
+    listen = f"unix:{tmp_path}/a.sock"
+    after.rpc("reactor_start_disk", name="a", keys={**keys, "listen": listen})
+    nbdsh(tmp_path, "a", "assert h.pread(4096, 0) == b'l' * 4096")
+    assert "error" in after.rpc_raw("reactor_start_disk", name="b", keys=nowhere)
+
+
+def test_the_pid_of_another_process_in_a_lock_file_is_not_believed(
+    service: Start, tmp_path: Path
+) -> None:
+    """As for a moment after a worker took the lock that another one had before it."""
+    running = service(ram(tmp_path, "a"))
+    assert running.stop() == 0
+    with subprocess.Popen(["sleep", "100"]) as stranger:
+        lock = running.runtime_dir / "worker-0.lock"
+        lock.write_text(f"{stranger.pid}\n")
+        with lock.open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            after = again(service, running, await_ready=False)
+            after.await_line("is locked by a process that does not say who it is")
+        after.await_line("ready:")
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+@pytest.mark.parametrize("name", ["state.json", "instance"])
+def test_a_pipe_in_the_runtime_directory_is_no_trap(
+    service: Start, tmp_path: Path, name: str
+) -> None:
+    running = service(ram(tmp_path, "a"))
+    assert running.stop() == 0
+    path = running.runtime_dir / name
+    content = path.read_bytes() if path.exists() else None
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    after = again(service, running, await_ready=False)
+    assert after.process.wait(60) == 1
+    assert "is not a regular file" in after.log
+    assert "Traceback" not in after.log
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
