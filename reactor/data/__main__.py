@@ -38,7 +38,8 @@ log = logger(__name__)
 def _lock_core(runtime_dir: Path, core: int) -> int:
     """Take the core's lock for this process's life; the next controller reads there who we are."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(runtime_dir / f"worker-{core}.lock", flags, 0o600)
+    path = runtime_dir / f"worker-{core}.lock"
+    fd = os.open(path, flags, 0o600)
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -46,7 +47,7 @@ def _lock_core(runtime_dir: Path, core: int) -> int:
             break
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise
+                raise ReactorError(f"{path}: another process has it locked") from None
             time.sleep(LOCK_PAUSE_SECONDS)
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n{start_line(sys.argv[1:])}\n".encode(), 0)
