@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -87,8 +89,9 @@ def test_a_server_that_is_not_installed_is_left_out(tmp_path: Path, name: str) -
     assert servers == {"nbd-reactor", "floor", "nbdkit", "qemu-nbd", "nbd-server"} - {name}
 
 
-def test_a_server_that_dies_on_the_way_is_left_out_from_there_on(tmp_path: Path) -> None:
-    numbers = tmp_path / "numbers.json"
+@contextlib.contextmanager
+def begun(numbers: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run of several points that is at its second one."""
     only = ["--only", "^memory/batched/rand(read|write)-4k-(1|32)$", "--size", "16MiB"]
     times = ["--seconds", "0.2", "--repetitions", "2", "--idle-seconds", "0.1"]
     with subprocess.Popen(
@@ -101,6 +104,13 @@ def test_a_server_that_dies_on_the_way_is_left_out_from_there_on(tmp_path: Path)
         for line in running.stderr:
             if line.startswith("[2/4"):
                 break
+        yield running
+
+
+def test_a_server_that_dies_on_the_way_is_left_out_from_there_on(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers.json"
+    with begun(numbers) as running:
+        assert running.stderr
         (nbdkit,) = [
             child
             for child in psutil.Process(running.pid).children(recursive=True)
@@ -129,18 +139,8 @@ def test_a_run_without_ours_fails(tmp_path: Path) -> None:
 
 def test_ours_without_its_controller_is_left_out_and_its_worker_ended(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
-    only = ["--only", "^memory/batched/rand(read|write)-4k-(1|32)$", "--size", "16MiB"]
-    times = ["--seconds", "0.2", "--repetitions", "2", "--idle-seconds", "0.1"]
-    with subprocess.Popen(
-        [sys.executable, str(BENCH), *only, *times, "--json", str(numbers)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as running:
+    with begun(numbers) as running:
         assert running.stderr
-        for line in running.stderr:
-            if line.startswith("[2/4"):
-                break
         started = psutil.Process(running.pid).children(recursive=True)
         (controller,) = [each for each in started if "controller" in "".join(each.cmdline())]
         (worker,) = controller.children()

@@ -13,11 +13,16 @@ from pathlib import Path
 import pytest
 
 from reactor.attach import ioctl, sysfs
-from reactor.attach.device import attach
 from reactor.errors import DeviceError
 from reactor.protocol import wire
 from tests.kernel.conftest import FLAGS_ALL, SIZE, Attach, Server
-from tests.kernel.test_attach_netlink import size_of, wait_until, write, write_in_flight
+from tests.kernel.test_attach_netlink import (
+    come_and_go,
+    size_of,
+    wait_until,
+    write,
+    write_in_flight,
+)
 
 pytestmark = pytest.mark.kernel
 
@@ -25,21 +30,7 @@ TAG = "nbd-reactor:test:memory"
 
 
 def test_twenty_devices_come_and_go(server: Server) -> None:
-    for _ in range(20):
-        device = attach(
-            "/dev/nbd0",
-            "ioctl",
-            tag=TAG,
-            size=SIZE,
-            block_size=512,
-            flags=FLAGS_ALL,
-            kernel_ends=[server.connect()],
-            timeout=None,
-            dead_timeout=60,
-        )
-        assert (device.path, device.way, sysfs.size(0)) == ("/dev/nbd0", "ioctl", SIZE)
-        device.detach()
-        assert sysfs.is_free(0)
+    come_and_go(server, "ioctl", 20)
 
 
 def test_what_is_written_to_the_device_is_in_the_disk(server: Server, attached: Attach) -> None:

@@ -22,6 +22,7 @@ from reactor.attach.device import Device, adopt, attach, held
 from reactor.attach.netlink import NetlinkDevice
 from reactor.errors import DeviceError
 from reactor.protocol import wire
+from reactor.spec import AttachWay
 from tests.kernel.conftest import FLAGS_ALL, MIB, SIZE, Attach, Server
 
 pytestmark = pytest.mark.kernel
@@ -114,11 +115,12 @@ def reconnect(server: Server, device: Device, connections: int = 1) -> None:
     raise AssertionError("the kernel never took the sockets")
 
 
-def test_a_hundred_devices_come_and_go(server: Server) -> None:
-    for _ in range(100):
+def come_and_go(server: Server, way: AttachWay, times: int) -> None:
+    """Attach a device and detach it, again and again."""
+    for _ in range(times):
         device = attach(
             "/dev/nbd0",
-            "auto",
+            "auto" if way == "netlink" else way,
             tag=TAG,
             size=SIZE,
             block_size=512,
@@ -127,9 +129,13 @@ def test_a_hundred_devices_come_and_go(server: Server) -> None:
             timeout=None,
             dead_timeout=60,
         )
-        assert (device.path, device.way, sysfs.size(0)) == ("/dev/nbd0", "netlink", SIZE)
+        assert (device.path, device.way, sysfs.size(0)) == ("/dev/nbd0", way, SIZE)
         device.detach()
         assert sysfs.is_free(0)
+
+
+def test_a_hundred_devices_come_and_go(server: Server) -> None:
+    come_and_go(server, "netlink", 100)
 
 
 def test_what_is_written_to_the_device_is_in_the_disk(server: Server, attached: Attach) -> None:
