@@ -261,6 +261,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     product_name: ClassVar[str]  # SPDK's name for it, shown by bdev_get_bdevs
+    about: ClassVar[str] = ""  # for the manual: what its disks are, in one line
     keys: ClassVar[tuple[Key, ...]]
     disk: ClassVar[type[Disk]]  # what `create` returns: its abilities, before it is made
 

@@ -157,8 +157,22 @@ class FileBackend(Backend):
 
     name = "file"
     product_name = "AIO disk"
+    about = "a regular file or a block device"
     disk = FileDisk
-    keys = (Key("path", "path", required=True), Key("size", "size"), Key("direct", "boolean"))
+    keys = (
+        Key(
+            "path",
+            "path",
+            required=True,
+            meaning="a relative one starts at the folder of `disks.yaml`",
+        ),
+        Key(
+            "size",
+            "size",
+            meaning="create or grow a regular file to it, never cut it; without it, the file's own",
+        ),
+        Key("direct", "boolean", meaning="`true` for `O_DIRECT`, past the page cache"),
+    )
 
     @classmethod
     def check(cls, options: Mapping[str, object], block_size: int | None) -> list[tuple[str, str]]:

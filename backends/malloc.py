@@ -140,7 +140,8 @@ class MallocBackend(Backend):
 
     name = "malloc"
     product_name = "Malloc disk"
-    keys = (Key("size", "size", required=True),)
+    about = "memory that outlives every process of the service, but not a stop"
+    keys = (Key("size", "size", required=True, meaning="how much memory"),)
     disk = MallocDisk
 
     @classmethod

@@ -10,6 +10,7 @@ from backends.api import COMMAND, DONE, LENGTH, Backend, Buffer, Channel, Disk, 
 from reactor.loop import Reactor
 from reactor.protocol.wire import MAX_PAYLOAD, NBD_CMD_READ
 from reactor.spec import Key
+from reactor.units import format_size
 
 BLOCK_SIZE: Final = 512
 DEFAULT_SIZE: Final = 1 << 30  # bytes
@@ -44,7 +45,8 @@ class NullBackend(Backend):
 
     name = "null"
     product_name = "Null disk"
-    keys = (Key("size", "size"),)
+    about = "reads zeroes, forgets writes: for measuring everything else"
+    keys = (Key("size", "size", meaning=f"`{format_size(DEFAULT_SIZE)}` unless it is given"),)
     disk = NullDisk
 
     @classmethod

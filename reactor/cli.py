@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar
 
-from reactor import __version__, log, streams
+from reactor import __version__, log, streams, usage
 from reactor.cores import parse_cores
 from reactor.errors import ConfigError, ReactorError, UsageError, quoted, reason
 from reactor.loop import MODES
@@ -20,29 +20,28 @@ from reactor.spec import UNIX_PATH_MAX, Address
 T = TypeVar("T")
 
 PROGRAM: Final = "nbd-reactor"
-EPILOG: Final = """\
-examples:
-  nbd-reactor --demo
-      two small disks to try it out, without any preparation
-  nbd-reactor --cores 0-3 --config disks.yaml
-      the disks of disks.yaml, spread over the workers of four cores
-
-signals:
-  SIGTERM, SIGINT  drain and stop; a second one stops by force
-  SIGHUP           read the config again and change only what has changed
-
-exit status:
-  0  stopped because it was asked to
-  1  failed at run time
-  2  wrong usage, or a config with problems
-"""
+EXAMPLES: Final = {
+    "nbd-reactor --demo": "two small disks to try it out, without any preparation",
+    "nbd-reactor --cores 0-3 --config disks.yaml": (
+        "the disks of disks.yaml, spread over the workers of four cores"
+    ),
+}
+SIGNALS: Final = {
+    "SIGTERM, SIGINT": "drain and stop; a second one stops by force",
+    "SIGHUP": "read the config again and change only what has changed",
+}
+EXIT_STATUS: Final = {
+    "0": "stopped because it was asked to",
+    "1": "failed at run time",
+    "2": "wrong usage, or a config with problems",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     streams.open_missing()
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = parser().parse_args(argv)
         if arguments.check:
             return _check(arguments)
         return _serve(arguments)
@@ -62,18 +61,22 @@ def _fail(why: str, status: int) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser(runtime_dir: str | None = None) -> argparse.ArgumentParser:
+    """Return what knows all options; `runtime_dir` says what the default one is."""
     parser = _Parser(
         prog=PROGRAM,
         description="Serve storage backends as Linux block devices and over the NBD protocol.",
-        epilog=EPILOG,
+        epilog=usage.epilog(examples=EXAMPLES, signals=SIGNALS, exit_status=EXIT_STATUS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )
     _add_what_to_serve(parser.add_argument_group("what to serve"))
     _add_how_to_run(parser.add_argument_group("how to run"))
-    _add_where_to_listen(parser.add_argument_group("where to steer and watch it"))
+    _add_where_to_listen(
+        parser.add_argument_group("where to steer and watch it"),
+        runtime_dir or str(default_runtime_dir()),
+    )
     about = parser.add_argument_group("about")
     about.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     about.add_argument("-h", "--help", action="help", help="show this text")
@@ -154,8 +157,8 @@ def _add_how_to_run(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_where_to_listen(group: argparse._ArgumentGroup) -> None:
-    runtime_dir = str(default_runtime_dir()).replace("%", "%%")  # argparse formats its texts
+def _add_where_to_listen(group: argparse._ArgumentGroup, runtime_dir: str) -> None:
+    runtime_dir = runtime_dir.replace("%", "%%")  # argparse formats its texts
     group.add_argument(
         "--runtime-dir",
         metavar="DIR",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from reactor import __version__, streams
+from reactor import __version__, streams, usage
 from reactor.errors import ReactorError, reason
 from reactor.options import RPC_SOCKET, default_runtime_dir
 from reactor.rpc_client import RpcClient
@@ -20,18 +20,17 @@ from reactor.units import parse_size
 
 PROGRAM: Final = "nbd-reactorctl"
 TIMEOUT_SECONDS: Final = 60.0
-EPILOG: Final = """\
-examples:
-  nbd-reactorctl list
-  nbd-reactorctl start scratch backend=malloc size=1GiB device=auto
-  nbd-reactorctl resize scratch 2GiB
-  nbd-reactorctl rpc bdev_get_bdevs '{"name": "scratch"}'
-
-exit status:
-  0  done
-  1  failed: no service there, or it said no
-  2  wrong usage
-"""
+EXAMPLES: Final = {
+    "nbd-reactorctl list": "what is served",
+    "nbd-reactorctl start scratch backend=malloc size=1GiB device=auto": "a new disk",
+    "nbd-reactorctl resize scratch 2GiB": "make it larger",
+    'nbd-reactorctl rpc bdev_get_bdevs \'{"name": "scratch"}\'': "ask as SPDK's client does",
+}
+EXIT_STATUS: Final = {
+    "0": "done",
+    "1": "failed: no service there, or it said no",
+    "2": "wrong usage",
+}
 
 #: Sends a command's calls and returns what --json prints, and the text for people.
 Command = Callable[[RpcClient, argparse.Namespace], tuple[Any, str]]
@@ -40,7 +39,7 @@ Command = Callable[[RpcClient, argparse.Namespace], tuple[Any, str]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     streams.open_missing()
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     command: Command = arguments.command
     try:
         with RpcClient(arguments.socket, arguments.timeout) as client:
@@ -127,11 +126,12 @@ def _disk(client: RpcClient, name: str) -> dict[str, Any]:
 # --- usage ---
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return what knows all commands and options."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Look at a running nbd-reactor, and change what it serves.",
-        epilog=EPILOG,
+        epilog=usage.epilog(examples=EXAMPLES, exit_status=EXIT_STATUS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

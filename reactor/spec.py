@@ -19,11 +19,13 @@ class Key:
     """A key of disks.yaml that a backend adds, and what its value must be.
 
     Values arrive converted: `size` as bytes, `seconds` as float, `disk` as another disk's name.
+    `meaning` is for people, with `code` marked as in Markdown.
     """
 
     name: str
     kind: KeyKind
     required: bool = False
+    meaning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

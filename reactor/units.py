@@ -24,6 +24,10 @@ _PER_SECOND: Final = {"": 1, "s": 1, "ms": 1_000, "us": 1_000_000}
 _SIZE: Final = re.compile(r"(-?)(\d{1,30}(?:\.\d{1,30})?) ?([A-Za-z]*)", re.ASCII)
 _TIME: Final = re.compile(r"(-?)(\d{1,30}(?:\.\d{1,30})?(?:e[+-]?\d{1,3})?) ?([a-z]*)", re.ASCII)
 
+#: What is written as a size or time, to one who knows only regular expressions (ECMA 262).
+SIZE_PATTERN: Final = r"^[0-9]{1,30}([.][0-9]{1,30})? ?([KMGTkmgt]([Ii][Bb])?|[Bb])?$"
+TIME_PATTERN: Final = r"^[0-9]{1,30}([.][0-9]{1,30})?(e[+-]?[0-9]{1,3})? ?(s|ms|us)?$"
+
 
 def parse_size(text: str) -> int:
     """Return the bytes in `text`, from 0 to `SIZE_MAX`; raises ValueError that says what is wrong.

@@ -153,7 +153,7 @@ def _convert(
             continue
         key = keys[name]
         try:
-            value = (COMMON[name] if key is None else KINDS[key.kind])(entry.value)
+            value = (COMMON[name].kind if key is None else KINDS[key.kind]).read(entry.value)
         except ValueError as error:
             yield name, str(error)
             continue

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Final, TypeAlias, get_args
 
 from reactor.config.document import Value, describe
 from reactor.config.problems import unknown
 from reactor.errors import quoted
-from reactor.spec import NAME_MAX, Address, AttachWay, KeyKind
-from reactor.units import parse_seconds, parse_size
+from reactor.spec import NAME_MAX, Address, AttachWay, DiskSpec, KeyKind
+from reactor.units import (
+    SECONDS_MAX,
+    SIZE_MAX,
+    SIZE_PATTERN,
+    TIME_PATTERN,
+    parse_seconds,
+    parse_size,
+)
 
 BLOCK_SIZE_MIN: Final = 512
 BLOCK_SIZE_MAX: Final = 65536
@@ -24,8 +32,27 @@ TEXT_MAX: Final = 4095  # bytes: PATH_MAX without its NUL
 #: Returns the converted value or raises ValueError that says what is wrong with it.
 Converter: TypeAlias = Callable[[Value], object]
 
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a value must be: for the reader, and as much as a JSON schema can say of it."""
+
+    read: Converter
+    schema: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class CommonKey:
+    """A key of every disk; `meaning` and `default` are for people, with `code` as in Markdown."""
+
+    kind: Kind
+    meaning: str
+    default: str
+
+
 _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", re.ASCII)
 _DEVICE: Final = re.compile(r"/dev/nbd(0|[1-9][0-9]{0,6})", re.ASCII)
+_ADDRESS_PATTERN: Final = "^(unix:/.+|tcp:.+:[0-9]+|systemd:.+)$"
 _WHOLE: Final = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 
 
@@ -138,27 +165,105 @@ def _attach(value: Value) -> str:
     return way
 
 
+def _words(kind: str) -> Kind:
+    return Kind(partial(text, kind=kind), {"type": "string", "minLength": 1})
+
+
+_SIZE: Final = {"type": ["integer", "string"], "maximum": SIZE_MAX, "pattern": SIZE_PATTERN}
+_TIME: Final = {"minimum": 0, "maximum": SECONDS_MAX, "pattern": TIME_PATTERN}
+_WHOLE_SECONDS: Final = Kind(_whole_seconds, {"type": ["integer", "string"], **_TIME})
+_BOOLEAN: Final = Kind(boolean, {"enum": [True, False, "true", "false"]})
+_ADDRESS: Final = {"type": "string", "pattern": _ADDRESS_PATTERN}
+_POWERS: Final = [
+    1 << bits for bits in range(BLOCK_SIZE_MIN.bit_length() - 1, BLOCK_SIZE_MAX.bit_length())
+]
+
+_DEFAULTS: Final = {field.name: field.default for field in fields(DiskSpec)}
+
 #: The keys of every disk, but for the backend's own.
-COMMON: Final[Mapping[str, Converter]] = {
-    "backend": partial(text, kind="a backend"),
-    "device": _device,
-    "listen": _listen,
-    "core": integer,
-    "readonly": boolean,
-    "block_size": _block_size,
-    "connections": partial(integer, low=1, high=CONNECTIONS_MAX),
-    "timeout": _whole_seconds,
-    "dead_timeout": _whole_seconds,
-    "attach": _attach,
+COMMON: Final[Mapping[str, CommonKey]] = {
+    "backend": CommonKey(
+        _words("a backend"),
+        "its type",
+        "required",
+    ),
+    "device": CommonKey(
+        Kind(_device, {"type": "string", "pattern": f"^(auto|{_DEVICE.pattern})$"}),
+        "`/dev/nbdN`, or `auto` for the first free one",
+        "none",
+    ),
+    "listen": CommonKey(
+        Kind(
+            _listen,
+            {
+                "anyOf": [
+                    _ADDRESS,
+                    {
+                        "type": "array",
+                        "items": _ADDRESS,
+                        "maxItems": LISTEN_MAX,
+                        "uniqueItems": True,
+                    },
+                ]
+            },
+        ),
+        "one address or a list: `unix:PATH`, `tcp:HOST:PORT`, `systemd:NAME` (socket activation);"
+        " a listener's only disk is also its default export",
+        "none",
+    ),
+    "core": CommonKey(
+        Kind(integer, {"type": "integer", "minimum": 0}),
+        "the core whose worker owns the disk",
+        "the least loaded",
+    ),
+    "readonly": CommonKey(
+        _BOOLEAN,
+        "refuse writes, trims and zeroes with EPERM",
+        "`false`",
+    ),
+    "block_size": CommonKey(
+        Kind(
+            _block_size,
+            {"anyOf": [{"enum": _POWERS}, {"type": "string", "pattern": SIZE_PATTERN}]},
+        ),
+        f"logical block size in bytes, a power of two; {BLOCK_SIZE_MIN} to"
+        f" {DEVICE_BLOCK_SIZE_MAX} for a device",
+        f"the backend's, else {BLOCK_SIZE_MIN}",
+    ),
+    "connections": CommonKey(
+        Kind(
+            partial(integer, low=1, high=CONNECTIONS_MAX),
+            {"type": "integer", "minimum": 1, "maximum": CONNECTIONS_MAX},
+        ),
+        "sockets between the kernel and the workers, at most one per CPU is used; above 1, the"
+        " disk is spread over several cores",
+        str(_DEFAULTS["connections"]),
+    ),
+    "timeout": CommonKey(
+        _WHOLE_SECONDS,
+        "seconds after which the kernel fails a request; 0 never. With several connections: after"
+        " which it closes the request's connection and sends it on another",
+        "0 by netlink, 60 by ioctl; 10 with several connections by netlink",
+    ),
+    "dead_timeout": CommonKey(
+        _WHOLE_SECONDS,
+        "seconds for which the kernel holds I/O while no worker serves the device",
+        str(_DEFAULTS["dead_timeout"]),
+    ),
+    "attach": CommonKey(
+        Kind(_attach, {"enum": [*get_args(AttachWay)]}),
+        "`netlink`, `ioctl`, or `auto`: netlink where the kernel has it",
+        f"`{_DEFAULTS['attach']}`",
+    ),
 }
 
 #: The kinds of a backend's keys.
-KINDS: Final[Mapping[KeyKind, Converter]] = {
-    "size": size,
-    "seconds": seconds,
-    "boolean": boolean,
-    "integer": integer,
-    "path": partial(text, kind="a path"),
-    "string": partial(text, kind="text"),
-    "disk": disk_name,
+KINDS: Final[Mapping[KeyKind, Kind]] = {
+    "size": Kind(size, {**_SIZE, "minimum": 1}),
+    "seconds": Kind(seconds, {"type": ["number", "string"], **_TIME}),
+    "boolean": _BOOLEAN,
+    "integer": Kind(integer, {"type": "integer"}),
+    "path": _words("a path"),
+    "string": _words("text"),
+    "disk": Kind(disk_name, {"type": "string", "pattern": f"^{_NAME.pattern}$"}),
 }

@@ -46,7 +46,7 @@ def _check_defaults(defaults: Mapping[str, Entry], schemas: Schemas, problems: P
     for name, entry in defaults.items():
         if name in COMMON:
             try:
-                COMMON[name](entry.value)
+                COMMON[name].kind.read(entry.value)
             except ValueError as error:
                 problems.add(entry.line, entry.place, str(error))
         elif name not in (keys := all_keys(schemas)):
