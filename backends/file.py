@@ -164,7 +164,7 @@ class FileBackend(Backend):
             "path",
             "path",
             required=True,
-            meaning="a relative one starts at the folder of `disks.yaml`",
+            meaning="the file or device; a relative path starts at the folder of `disks.yaml`",
         ),
         Key(
             "size",

@@ -50,7 +50,7 @@ class CommonKey:
     default: str
 
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", re.ASCII)
+NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", re.ASCII)
 _DEVICE: Final = re.compile(r"/dev/nbd(0|[1-9][0-9]{0,6})", re.ASCII)
 _ADDRESS_PATTERN: Final = "^(unix:/.+|tcp:.+:[0-9]+|systemd:.+)$"
 _WHOLE: Final = re.compile(r"-?[0-9]{1,18}", re.ASCII)
@@ -102,7 +102,7 @@ def integer(value: Value, *, low: int | None = None, high: int | None = None) ->
 def disk_name(value: Value) -> str:
     """Return a name that fits a file name, an NBD export and a line of a log."""
     name = text(value, kind="a disk's name")
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise ValueError(
             f"{quoted(name)} is not a disk's name: it has letters, digits and . _ -,"
             " and does not begin with a dot"
@@ -178,6 +178,7 @@ _POWERS: Final = [
     1 << bits for bits in range(BLOCK_SIZE_MIN.bit_length() - 1, BLOCK_SIZE_MAX.bit_length())
 ]
 
+REQUIRED: Final = "required"
 _DEFAULTS: Final = {field.name: field.default for field in fields(DiskSpec)}
 
 #: The keys of every disk, but for the backend's own.
@@ -185,7 +186,7 @@ COMMON: Final[Mapping[str, CommonKey]] = {
     "backend": CommonKey(
         _words("a backend"),
         "its type",
-        "required",
+        REQUIRED,
     ),
     "device": CommonKey(
         Kind(_device, {"type": "string", "pattern": f"^(auto|{_DEVICE.pattern})$"}),
@@ -265,5 +266,5 @@ KINDS: Final[Mapping[KeyKind, Kind]] = {
     "integer": Kind(integer, {"type": "integer"}),
     "path": _words("a path"),
     "string": _words("text"),
-    "disk": Kind(disk_name, {"type": "string", "pattern": f"^{_NAME.pattern}$"}),
+    "disk": Kind(disk_name, {"type": "string", "pattern": f"^{NAME.pattern}$"}),
 }

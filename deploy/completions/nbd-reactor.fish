@@ -1,0 +1,17 @@
+# fish completion for nbd-reactor; written by tools/documents
+complete -c nbd-reactor -f
+complete -c nbd-reactor -l config -r -F -d 'the disks to serve'
+complete -c nbd-reactor -l demo -d 'serve two small example disks and print how to connect'
+complete -c nbd-reactor -l check -d 'read the config, print what is wrong with it, start nothing'
+complete -c nbd-reactor -l strict -d 'exit 1 when a disk cannot start, instead of serving the others'
+complete -c nbd-reactor -l cores -x -a '' -d 'the CPU cores that get a worker each'
+complete -c nbd-reactor -l mode -x -a 'adaptive poll interrupt' -d 'what workers do when nothing is ready'
+complete -c nbd-reactor -l on-exit -x -a 'disconnect keep' -d 'what SIGTERM does to kernel devices'
+complete -c nbd-reactor -l lock-memory -d 'keep all memory of the service out of swap, for a host that swaps to its disks'
+complete -c nbd-reactor -l log-format -x -a 'text json' -d 'text or json'
+complete -c nbd-reactor -l log-level -x -a 'debug info warning error critical' -d 'debug, info, warning, error, critical'
+complete -c nbd-reactor -l runtime-dir -x -a '(__fish_complete_directories)' -d 'holds the sockets, the lock and the saved state'
+complete -c nbd-reactor -l rpc-socket -r -F -d 'the JSON-RPC socket'
+complete -c nbd-reactor -l metrics -x -a '' -d 'serve Prometheus metrics there, on /metrics'
+complete -c nbd-reactor -l version -d 'show program\'s version number and exit'
+complete -c nbd-reactor -s h -l help -d 'show this text'
