@@ -42,9 +42,9 @@ def documents() -> dict[str, str]:
     """Return the text of each document by its path in the checkout."""
     made = {f"deploy/man/{page}": manual.page(page) for page in manual.PAGES}
     for program in PROGRAMS:
-        made[f"deploy/completions/{program.name}.bash"] = bash.completion(program)
-        made[f"deploy/completions/_{program.name}"] = zsh.completion(program)
-        made[f"deploy/completions/{program.name}.fish"] = fish.completion(program)
+        made[f"deploy/completions/bash/{program.name}"] = bash.completion(program)
+        made[f"deploy/completions/zsh/_{program.name}"] = zsh.completion(program)
+        made[f"deploy/completions/fish/{program.name}.fish"] = fish.completion(program)
     made["deploy/disks.schema.json"] = json.dumps(schema.schema(), indent=2) + "\n"
     made["README.md"] = readme.with_tables((ROOT / "README.md").read_text())
     return made
