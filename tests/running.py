@@ -22,7 +22,10 @@ STOP_SECONDS = 60
 
 
 class RunningService:
-    """One service on its own runtime directory; `program` is where another version of it is."""
+    """One service on its own runtime directory.
+
+    `program` is where another version of it is, `installed` the command of one that is installed.
+    """
 
     def __init__(
         self,
@@ -32,6 +35,7 @@ class RunningService:
         cores: str = "0",
         runtime_dir: Path | None = None,
         program: Path | None = None,
+        installed: Path | None = None,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
@@ -39,7 +43,8 @@ class RunningService:
         self.rpc_socket = self.runtime_dir / "rpc.sock"
         self.log_path = folder / "log"
         self.config_path = folder / "disks.yaml"
-        command = [sys.executable, "-m", "reactor", "--runtime-dir", str(self.runtime_dir)]
+        command = [str(installed)] if installed else [sys.executable, "-m", "reactor"]
+        command += ["--runtime-dir", str(self.runtime_dir)]
         command += ["--cores", cores, *arguments]
         if config is not None:
             self.config_path.write_text(config)
@@ -48,7 +53,7 @@ class RunningService:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
-                cwd=program,
+                cwd=folder if installed else program,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -42,7 +42,12 @@ FORBIDDEN = [
 
 
 def tracked() -> list[Path]:
-    """The project's files, also those that are not committed yet."""
+    """The project's files, also those that are not committed yet; or those of an sdist."""
+    listed = ROOT / "nbd_reactor.egg-info/SOURCES.txt"
+    if not (ROOT / ".git").exists() and listed.is_file():
+        names = listed.read_text().splitlines()
+        made = re.compile(r"setup\.cfg|PKG-INFO|[^/]+\.egg-info/.*")
+        return [ROOT / name for name in names if not made.fullmatch(name)]
     safe = ["-c", "safe.directory=*"]  # root may test another user's checkout
     command = ["git", *safe, "ls-files", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
