@@ -15,6 +15,7 @@ from zipfile import ZipFile
 import pytest
 
 from reactor import __version__
+from tests import commands
 from tests.running import RunningService
 from tests.test_tidy import ROOT, show, tracked
 
@@ -40,19 +41,9 @@ SHARED = {
 }
 
 
-def run(*command: object, **settings: object) -> str:
+def run(*words: str | Path) -> str:
     """Return what it says on both outputs; it must succeed."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=280,
-        **settings,  # type: ignore[call-overload]
-    )
-    assert done.returncode == 0, done.stdout
-    return str(done.stdout)
+    return commands.run(*map(str, words))
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +58,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stray = checkout / "reactor/__pycache__/stray.cpython-311.pyc"
     stray.parent.mkdir()
     stray.touch()
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, checkout)
+    run(sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", folder, checkout)
     return folder
 
 
@@ -89,6 +80,22 @@ def test_the_sdist_is_the_checkout(packages: Path) -> None:
     assert theirs == {show(path) for path in tracked()}
     programs = {show(path) for path in tracked() if os.access(path, os.X_OK)}
     assert {name for name in theirs if members[name]} == programs
+
+
+@pytest.mark.timeout(300)
+def test_the_sdist_can_be_tested(packages: Path, tmp_path: Path) -> None:
+    with tarfile.open(packages / f"{NAME}.tar.gz") as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    checkout = tmp_path / NAME
+    tidy = ("lines_are_short", "documents_that_are_named", "links_to_files", "functions_and_files")
+    for command in (
+        [sys.executable, "-m", "pytest", "-q", "tests/unit/test_units.py"],
+        [sys.executable, "-m", "pytest", "-q", "tests/test_tidy.py", "-k", " or ".join(tidy)],
+        [sys.executable, "tools/bench.d", "--list"],
+        [sys.executable, "tools/documents.d", "--check"],
+    ):
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.timeout(300)
@@ -149,7 +156,7 @@ def installed(request: pytest.FixtureRequest, packages: Path, tmp_path: Path) ->
     folder = tmp_path / "venv"
     run(python, "-m", "venv", folder)
     wheel = packages / f"{NAME}-py3-none-any.whl"
-    run(folder / "bin/python", "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path)
+    run(folder / "bin/python", "-P", "-m", "pip", "install", "--quiet", wheel)
     return folder / "bin"
 
 
@@ -160,7 +167,7 @@ def test_the_wheel_serves_in_an_empty_environment(
     program, control = installed / "nbd-reactor", installed / "nbd-reactorctl"
     assert run(program, "--version") == f"nbd-reactor {__version__}\n"
     assert run(control, "--version") == f"nbd-reactorctl {__version__}\n"
-    assert "--config FILE" in run(program, "--help", cwd=tmp_path)
+    assert "--config FILE" in run(program, "--help")
     assert "COMMAND" in run(control, "--help")
     share = installed.parent / "share/nbd-reactor"
     for example in (share / "examples").iterdir():

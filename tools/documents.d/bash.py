@@ -14,11 +14,13 @@ HEAD = """\
 DISKS = """\
 
 {function}_disks() {{
-    local index socket=()
+    local index path socket=()
     for ((index = 1; index < COMP_CWORD; index++)); do
         if [[ ${{COMP_WORDS[index]}} == --socket ]]; then
             [[ ${{COMP_WORDS[index + 1]}} == = ]] && ((index++))
-            eval "socket=(--socket ${{COMP_WORDS[index + 1]}})" 2>/dev/null
+            path=${{COMP_WORDS[index + 1]}} # as typed; it must not be evaluated
+            path=${{path//[\\\\\\"\\']/}}
+            socket=(--socket "$path")
         fi
     done
     "$1" "${{socket[@]}}" --timeout 1 list 2>/dev/null </dev/null | sed -n '2,$s/ .*//p'

@@ -17,6 +17,14 @@ function __nbd_reactorctl_disks
     end
     $words[1] $socket --timeout 1 list 2>/dev/null </dev/null | sed -n '2,$s/ .*//p'
 end
+
+function __nbd_reactorctl_place -a command least most
+    set -l words (commandline -opc)
+    set -l at (contains -i -- $command $words); or return
+    set -e words[1..$at]
+    set -l count (count (string match -v -- '-*' $words))
+    test $count -ge $least -a $count -le $most
+end
 """
 
 
@@ -33,8 +41,7 @@ def completion(program: Command) -> str:
         about = _quoted(re.split(r"[;:(]", command.help)[0].strip())
         none = f"not __fish_seen_subcommand_from {names}"
         lines.append(f"{start} -n {_quoted(none)} -a {command.name} -d {about}")
-        seen = _quoted(f"__fish_seen_subcommand_from {command.name}")
-        lines += [f"{start} -n {seen}{each}" for each in _places(command)]
+        lines += [f"{start}{each}" for each in _places(command)]
     return "\n".join(lines) + "\n"
 
 
@@ -50,11 +57,13 @@ def _option(argument: Argument) -> str:
 
 
 def _places(command: Command) -> Iterable[str]:
-    for argument in command.places:
+    for place, argument in enumerate(command.places):
+        most = 99 if argument.repeated else place
+        there = f" -n '__nbd_reactorctl_place {command.name} {place} {most}'"
         if argument.kind == "disk":
-            yield " -a '(__nbd_reactorctl_disks)'"
+            yield f"{there} -a '(__nbd_reactorctl_disks)'"
         elif argument.kind == "keys":
-            yield f" -a {_quoted(' '.join(name + '=' for name in all_names()))}"
+            yield f"{there} -a {_quoted(' '.join(name + '=' for name in all_names()))}"
 
 
 def _quoted(text: str) -> str:

@@ -31,7 +31,7 @@ def page(name: str) -> str:
 
 def _parts(name: str) -> dict[str, str]:
     if name == "disks.yaml.5":
-        return {"keys": _common(), "backends": _backends()}
+        return {"keys": _common(), "backends": _backends(), "example": _example()}
     if name == "nbd-reactor.8":
         return {
             "options": _options(SERVICE),
@@ -96,6 +96,11 @@ def _backends() -> str:
             needed = " Required." if key.required else ""
             parts.append(_item(_bold(key.name), _sentence(key.meaning) + needed))
     return "\n".join(parts)
+
+
+def _example() -> str:
+    text = (HERE.parents[1] / "examples/disks.yaml").read_text()
+    return _escaped(re.sub(r"^#.*\n| +#.*", "", text, flags=re.MULTILINE).rstrip())
 
 
 def _terms(terms: Mapping[str, str]) -> str:

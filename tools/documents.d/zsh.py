@@ -11,7 +11,7 @@ from programs import Argument, Command
 DISKS = """
 _nbd_reactorctl_disks() {
   local -a disks
-  disks=(${(f)"$(_call_program disks $service $socket --timeout 1 list 2>/dev/null </dev/null |
+  disks=(${(f)"$($service $socket --timeout 1 list 2>/dev/null </dev/null |
     sed -n '2,$s/ .*//p')"})
   compadd -a disks
 }
@@ -25,7 +25,7 @@ _arguments -C \\
 {options} \\
   '1:COMMAND:->command' \\
   '*::argument:->argument' && return
-socket=(${{opt_args[--socket]:+--socket ${{(Q)opt_args[--socket]}}}})
+(( ${{+opt_args[--socket]}} )) && socket=(--socket ${{(Q)opt_args[--socket]}})
 case $state in
   command)
     commands=(
