@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from socket import socket
 from typing import Final
 
@@ -59,6 +60,7 @@ class Controller:
         self._saved: SavedState | None = None
         self._unsaved: OSError | None = None  # why it could not be saved, which was said
         self._took_over = False  # what a dead controller left
+        self._suspects: tuple[int, ...] = ()  # cores whose workers may have any disk
         self._ticks = 0
         self._ready = self._stopping = self._forced = False
         self._host = Host(
@@ -76,7 +78,7 @@ class Controller:
         Without a config (None) what an earlier one asked for stays. Raises UsageError, and has
         changed nothing, when `specs` cannot be placed.
         """
-        saved = saved or SavedState()
+        saved = saved or SavedState(complete=False)
         self._took_over = bool(saved.wishes)
         before = saved.configured
         now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
@@ -87,8 +89,19 @@ class Controller:
         self._configured = now
         self._successors = {name: now[name] for name in saved.successors if name in now}
         known = {wish.spec.name for wish in saved.wishes}
+        leaving = tuple(self._workforce.leaving)
+        if leaving and not saved.complete:
+            log.warning(
+                "what ran before is not fully known: every disk waits for the end of the worker of"
+                " core %s, which may have it",
+                ", ".join(map(str, leaving)),
+            )
+            self._suspects = leaving
         for wish in wishes:
-            self._add(wish, known=wish.spec.name in known)
+            if wish.spec.name in known:
+                self._add(wish, known=True)
+            else:  # a worker that leaves may still listen on its addresses
+                self._add(replace(wish, former=leaving))
         self._save()
         leftovers.detach_unclaimed(self._platform, self._host.tag(""), self._is_on_device)
         self._workforce.begin()
@@ -290,10 +303,10 @@ class Controller:
             self._hand_listeners(worker)
         for disk in list(self._disks.values()):
             share = disk.share(worker)
-            if share is not None and worker.state == "running":
-                disk.step()
-            elif share is not None:
+            if share is not None and worker.state != "running":
                 disk.worker_lost(share)
+            elif share is not None or not disk.settled:  # it may have been on this worker
+                disk.step()
         self._on_settled(None)
 
     def _on_settled(self, disk: DiskControl | None) -> None:
@@ -405,7 +418,8 @@ class Controller:
 
     def _add(self, wish: Wish, *, known: bool = False) -> DiskControl:
         spec = wish.spec
-        disk = DiskControl(self._host, wish, self._workers, known=known)
+        wish = replace(wish, former=tuple({*wish.former, *self._suspects}))
+        disk = DiskControl(self._host, wish, self._workforce.everyone, known=known)
         self._disks[spec.name] = disk
         if spec.device is not None:
             # With one connection and no timeout a request may take any time.

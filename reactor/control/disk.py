@@ -19,7 +19,7 @@ from reactor.control.link import DeviceLink
 from reactor.control.platform import Platform
 from reactor.control.saved import Desired, Wish
 from reactor.control.service import DiskState, DiskStatus, Done
-from reactor.control.shares import Share, Shares
+from reactor.control.shares import Share, Shares, is_served_as
 from reactor.control.workers import WorkerProcess
 from reactor.errors import ReactorError, reason
 from reactor.log import logger
@@ -237,6 +237,9 @@ class DiskControl:
     def _reason(self) -> str:
         if self.failure is not None:
             return reason(self.failure)
+        former = ", ".join(str(worker.core) for worker in self._awaited_former())
+        if former:
+            return f"waits for the end of the worker of core {former}, which had it"
         closed = ", ".join(str(share.worker.core) for share in self._shares.closed)
         if self._rising() and closed and self._shares.opened:
             return f"served without core {closed}"
@@ -279,7 +282,7 @@ class DiskControl:
         if report is None:
             self._link.found(share, (), asked_ns)
             return True
-        if not _is_served_as(DiskSpec.from_message(report["spec"]), self.spec):
+        if not is_served_as(DiskSpec.from_message(report["spec"]), self.spec):
             return False
         self._shares.found(share, report)
         self._link.found(share, report["connections"], asked_ns)
@@ -303,7 +306,7 @@ class DiskControl:
         if self.desired == "gone" and self.settled:
             return  # what has its name and its memory now is another disk
         self._save()
-        if self._shares.unknown or any(w is not None and w.unknown for w in self._former.values()):
+        if self._shares.unknown or self._awaited_former():
             return
         if self._errand.busy():
             if self._rising():
@@ -317,6 +320,9 @@ class DiskControl:
             self._fall()
         if self._errand.busy():
             self.settled = False
+
+    def _awaited_former(self) -> list[WorkerProcess]:
+        return [w for w in self._former.values() if w is not None and w.unknown]
 
     def _save(self) -> None:
         if self._saved != self.wish:
@@ -486,9 +492,3 @@ class DiskControl:
         if done is not None:
             self._waiting.append(done)
         self.step()
-
-
-def _is_served_as(served: DiskSpec, spec: DiskSpec) -> bool:
-    """Whether a worker that serves the one has what the other asks for, but for its size."""
-    wanted = replace(spec, device=None, listen=served.listen).with_size(0)
-    return served.with_size(0) == wanted and served.listen in ((), spec.listen)

@@ -9,8 +9,8 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -22,6 +22,7 @@ from reactor.log import logger
 #: The longest file in it that is a socket, `worker-NNN.sock`, must fit in struct sockaddr_un.
 PATH_MAX: Final = 107 - len("/worker-1023.sock")
 STATE: Final = "state.json"
+OUTDATED: Final = "state-outdated.json"  # what it is called while the state cannot be saved
 LINE_MAX: Final = 8192  # bytes of a lock file
 STATE_MAX: Final = 256 << 20  # bytes
 OWNER_SECONDS: Final = 1.0  # until a worker that has its lock must have said so
@@ -77,7 +78,13 @@ class RuntimeDir:
 
     def load(self) -> SavedState | None:
         """Return what was running; None when nothing was. Raises ReactorError, and keeps it."""
-        path = self.path / STATE
+        for name in (STATE, OUTDATED):
+            saved = self._load(self.path / name)
+            if saved is not None:
+                return replace(saved, complete=name == STATE)
+        return None
+
+    def _load(self, path: Path) -> SavedState | None:
         try:
             with _opened(path) as file:
                 return decode(file.read(STATE_MAX), self.instance)
@@ -90,12 +97,20 @@ class RuntimeDir:
             ) from error
 
     def save(self, state: bytes) -> None:
-        """Make `state` what is loaded next; raises OSError."""
-        replace_file(self.path / STATE, state)
+        """Make `state` what is loaded next; raises OSError, the next one then knows it is old."""
+        path, outdated = self.path / STATE, self.path / OUTDATED
+        try:
+            replace_file(path, state)
+        except OSError:
+            with suppress(OSError):
+                path.rename(outdated)
+            raise
+        outdated.unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Have nothing running when the next service starts."""
-        (self.path / STATE).unlink(missing_ok=True)
+        for name in (STATE, OUTDATED):
+            (self.path / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Give up the lock; what the service made here goes, but what its workers still need."""

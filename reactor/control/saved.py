@@ -36,6 +36,7 @@ class SavedState:
     wishes: Sequence[Wish] = ()
     successors: Mapping[str, DiskSpec] = field(default_factory=dict)
     configured: Mapping[str, DiskSpec] = field(default_factory=dict)
+    complete: bool = True  # all that came later was saved too
 
     def encode(self, instance: str) -> bytes:
         """Return the bytes to keep."""

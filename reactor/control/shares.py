@@ -363,5 +363,11 @@ class Shares:
             self._on_failed(DeviceError(errno.ETIMEDOUT, why))
 
 
+def is_served_as(served: DiskSpec, spec: DiskSpec) -> bool:
+    """Whether a worker that serves the one has what the other asks for, but for its size."""
+    wanted = replace(spec, device=None, listen=served.listen).with_size(0)
+    return served.with_size(0) == wanted and served.listen in ((), spec.listen)
+
+
 def _take(_worker: WorkerProcess, _message: Message) -> None:
     """Take an answer that says nothing else."""

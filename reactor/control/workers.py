@@ -15,7 +15,7 @@ from reactor.loop import Timer
 from reactor.messages import Message
 
 START_SECONDS: Final = 60.0  # from exec to hello
-ADOPT_SECONDS: Final = 20.0  # for which a living one may end what a dead controller began
+ADOPT_SECONDS: Final = 20.0  # for which one may end what it had begun: it drains for up to ten
 INQUIRE_SECONDS: Final = 0.1  # until it is connected
 INQUIRE_AGAIN_SECONDS: Final = 1.0
 SILENCE_SECONDS: Final = 5.0  # without heartbeat a worker is not trusted to read its sockets
@@ -66,10 +66,11 @@ class WorkerProcess:
         self._quick_deaths = 0
         self._short = False  # of memory or descriptors, and that was said
         self._aborted = False
-        self._blocked = False  # a medium that it waits for was reported
+        self.is_blocked = False  # a medium that it waits for was reported
         self._respawn: Timer | None = None
+        self.is_outdated = False  # it serves on until it is replaced
+        self._leaving = False  # it finishes what it does and ends
         self._stopping = False
-        self._replacing = False
 
     # --- what it is ---
 
@@ -116,19 +117,28 @@ class WorkerProcess:
         self._begin(process, HANG_SECONDS)
         self._inquire_until_heard(process)
 
-    def replace(self, process: Process) -> None:
-        """Have a worker that is not as ours are finish what it does, and start one in its place."""
-        log.info("worker core %d (pid %d) is replaced by one of today", self.core, process.pid)
-        self._replacing = True
+    def let_serve(self, process: Process) -> None:
+        """Leave a worker that is not as ours are alone, until it is replaced or ends by itself."""
+        self.is_outdated = True
         self._begin(process, HANG_SECONDS)
-        process.send_signal(signal.SIGTERM)
+
+    def replace(self) -> None:
+        """Have the worker that is not as ours are finish what it does; then start another."""
+        log.info("worker core %d (pid %s) is replaced by one of today", self.core, self.pid)
+        self._leave()
 
     def retire(self, process: Process) -> None:
         """Have a worker finish what it does and end."""
         log.info("worker core %d (pid %d) ends: the core is not ours now", self.core, process.pid)
         self._stopping = True
         self._begin(process, HANG_SECONDS)
-        process.send_signal(signal.SIGTERM)
+        self._leave()
+
+    def _leave(self) -> None:
+        self.is_outdated, self._leaving = False, True
+        self._started_ns = self._heard_ns = self._reactor.clock()
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
 
     def _begin(self, process: Process, start_seconds: float) -> None:
         self._process = process
@@ -137,7 +147,7 @@ class WorkerProcess:
         self._started_ns = self._heard_ns = self._reactor.clock()
         self._start_seconds = start_seconds
         self._events = 0
-        self._aborted = self._blocked = False
+        self._aborted = self.is_blocked = False
         self.state = "starting"
 
     def owns(self, identity: bytes) -> bool:
@@ -147,12 +157,12 @@ class WorkerProcess:
     def heard(self, message: Message) -> bool:
         """Note a sign of life; returns whether the message says something of disks."""
         kind = message["type"]
-        if self._replacing or (self.state != "running" and kind != "hello"):
-            if self._lived() < ADOPT_SECONDS:
-                self._heard_ns = self._reactor.clock()
+        other = self.is_outdated or self._leaving or (self.state != "running" and kind != "hello")
+        if not other or self._lived() < ADOPT_SECONDS:
+            self._heard_ns = self._reactor.clock()
+            self.is_blocked = False
+        if other:
             return False  # it was said to another controller
-        self._heard_ns = self._reactor.clock()
-        self._blocked = False
         if kind == "hello":
             self._greet(message)
             return False
@@ -202,17 +212,17 @@ class WorkerProcess:
         """End a worker that does not start or hangs; called every second."""
         process, silence = self._process, self._silence()
         limit = self._start_seconds if self.state == "starting" else HANG_SECONDS
-        if process is None or silence <= limit:
+        if process is None or self.is_outdated or silence <= limit:
             return
         if process.waits_for_medium():
             # To kill it would help nobody: it would not even end before the medium answers.
-            if not self._blocked:
+            if not self.is_blocked:
                 log.warning(
                     "worker core %d (pid %d) waits for a medium for %.0f s now, and its disks with"
                     " it; dmesg may name the medium",
                     *(self.core, process.pid, silence),
                 )
-            self._blocked = True
+            self.is_blocked = True
         elif silence > limit + ABORT_SECONDS:
             self.kill("it did not even abort")
         elif not self._aborted and not self._stopping:
@@ -238,6 +248,8 @@ class WorkerProcess:
             self._respawn.cancel()
         if self._process is None:
             self.unknown = False
+        elif self.is_outdated:
+            self._leave()
         elif not self.send("shutdown", id=0):
             self.kill("it is not connected")
 
@@ -261,8 +273,8 @@ class WorkerProcess:
         self.statistics = {}
         if self._stopping:
             self.state = "waiting"
-        elif self._replacing:
-            self._replacing = False
+        elif self.is_outdated or self._leaving:
+            self.is_outdated = self._leaving = False
             self.spawn()
         else:
             log.error("worker core %d %s", self.core, _how_it_ended(status))

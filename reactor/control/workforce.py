@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from reactor.control.platform import Bus, Platform, Process
+from reactor.control.platform import Bus, Platform
 from reactor.control.workers import WorkerProcess
 from reactor.errors import reason
 from reactor.log import logger
@@ -14,9 +14,8 @@ log = logger(__name__)
 
 
 class Workforce:
-    """A worker for each core.
+    """A worker for each core, and those that leave: living ones of cores that have none now.
 
-    Living workers of cores that have none now are ended first, as what they serve goes to others.
     Those that were started in another way (by another version, say) are replaced one by one.
     """
 
@@ -31,21 +30,18 @@ class Workforce:
         def worker(core: int) -> WorkerProcess:
             return WorkerProcess(platform, bus, core, self._changed, on_hello)
 
-        self.by_core = {core: worker(core) for core in cores}
-        self.adopted: dict[int, Process] = {}  # those that serve on
         self._platform = platform
         self._on_change = on_change
-        self._retiring: list[WorkerProcess] = []
-        self._foreign: dict[int, Process] = {}  # those that wait to be replaced
-        self._begun = self._ending = False
-        self._survivors = platform.survivors()
-        for survivor in self._survivors:
-            if survivor.core not in self.by_core:
-                self._retiring.append(worker(survivor.core))
-            elif survivor.is_ours:
-                self.adopted[survivor.core] = survivor.process
-            else:
-                self._foreign[survivor.core] = survivor.process
+        self._survivors = {survivor.core: survivor for survivor in platform.survivors()}
+        self.by_core = {core: worker(core) for core in cores}
+        leaving = self._survivors.keys() - self.by_core.keys()
+        self.leaving = {core: worker(core) for core in sorted(leaving)}
+        self.everyone = {**self.by_core, **self.leaving}
+
+    @property
+    def adopted(self) -> set[int]:
+        """The cores whose workers serve on."""
+        return {core for core in self.by_core if self._is_ours(core)}
 
     @property
     def up(self) -> bool:
@@ -55,25 +51,30 @@ class Workforce:
     @property
     def gone(self) -> bool:
         """Whether no process is left."""
-        processes = (*self.by_core.values(), *self._retiring)
-        return not self._foreign and all(worker.pid is None for worker in processes)
+        return all(worker.pid is None for worker in self.everyone.values())
 
     def begin(self) -> None:
-        """Start, or take over, every worker."""
-        processes = {survivor.core: survivor.process for survivor in self._survivors}
-        for worker in self._retiring:
-            worker.retire(processes[worker.core])
-        if not self._retiring:
-            self._start()
+        """Start, or take over, every worker; have those that leave end."""
+        for core, worker in self.leaving.items():
+            worker.retire(self._survivors[core].process)
+        for core, worker in self.by_core.items():
+            if self._is_ours(core):
+                worker.adopt(self._survivors[core].process)
+            elif core in self._survivors:
+                worker.let_serve(self._survivors[core].process)
+            else:
+                worker.spawn()
+        self._replace_next()
 
     def speaker(self, identity: bytes) -> WorkerProcess | None:
         """Return the living worker of a message."""
-        return next((w for w in self.by_core.values() if w.owns(identity)), None)
+        return next((w for w in self.everyone.values() if w.owns(identity)), None)
 
     def look_after(self, *, keep_spare: bool) -> None:
         """End workers that hang; called every second."""
-        for worker in (*self.by_core.values(), *self._retiring):
+        for worker in self.everyone.values():
             worker.look_after()
+        self._replace_next()
         if keep_spare and all(worker.state == "running" for worker in self.by_core.values()):
             try:
                 self._platform.keep_spare()
@@ -82,42 +83,25 @@ class Workforce:
 
     def shut_down(self) -> None:
         """Have every worker end, all disks being stopped."""
-        self._ending = True
-        if not self._begun:
-            self._foreign.update(self.adopted)
-        for core, process in self._foreign.items():
-            self.by_core[core].retire(process)
-        self._foreign.clear()
-        for worker in self.by_core.values():
+        for worker in self.everyone.values():
             worker.shut_down()
 
     def kill(self, why: str) -> None:
         """Kill every worker."""
-        for worker in (*self.by_core.values(), *self._retiring):
+        for worker in self.everyone.values():
             worker.kill(why)
 
-    def _start(self) -> None:
-        self._begun = True
-        for core, worker in self.by_core.items():
-            if core in self.adopted:
-                worker.adopt(self.adopted[core])
-            elif core not in self._foreign:
-                worker.spawn()
-        self._replace_next()
+    def _is_ours(self, core: int) -> bool:
+        survivor = self._survivors.get(core)
+        return survivor is not None and survivor.is_ours
 
     def _replace_next(self) -> None:
-        others = (worker for core, worker in self.by_core.items() if core not in self._foreign)
-        if self._foreign and all(worker.state in ("running", "failed") for worker in others):
-            core, process = self._foreign.popitem()
-            self.by_core[core].replace(process)
+        """Replace one when nothing is to be expected of the others that could not wait for it."""
+        outdated = [worker for worker in self.by_core.values() if worker.is_outdated]
+        others = (worker for worker in self.by_core.values() if worker not in outdated)
+        if outdated and all(w.state in ("running", "failed") or w.is_blocked for w in others):
+            outdated[0].replace()
 
     def _changed(self, worker: WorkerProcess) -> None:
-        if worker in self._retiring:
-            self._retiring.remove(worker)
-            if not self._ending:
-                if not self._retiring:
-                    self._start()
-                return
         self._on_change(worker)
-        if not self._ending:
-            self._replace_next()
+        self._replace_next()
