@@ -238,8 +238,8 @@ class DiskControl:
         if self.failure is not None:
             return reason(self.failure)
         former = ", ".join(str(worker.core) for worker in self._awaited_former())
-        if former:
-            return f"waits for the end of the worker of core {former}, which had it"
+        if former and not self.online:
+            return f"waits for the end of the worker of core {former}, which may have it open"
         closed = ", ".join(str(share.worker.core) for share in self._shares.closed)
         if self._rising() and closed and self._shares.opened:
             return f"served without core {closed}"

@@ -50,6 +50,7 @@ class Operator:
         self._service = service
         self.subjects = {name: Subject(host, name, self._on_error) for name in NAMES}
         self._stopping = False  # the service was asked to
+        self.avoided: int | None = None  # a core that the next life of the service has not
         config = [self._spec(s) for s in self.subjects.values() if self._world.chance(0.6)]
         self._configure(config)
         for spec in config:
@@ -233,8 +234,9 @@ class Operator:
             self._host.version += 1
         if world.chance(0.2):
             self.change_config()
-        if world.chance(0.15):
-            cpus = range(self._host.cpus)
+        avoided, self.avoided = self.avoided, None
+        if world.chance(0.15) or avoided is not None:
+            cpus = [cpu for cpu in range(self._host.cpus) if cpu != avoided] or [0]
             cores = sorted(world.random.sample(cpus, world.random.randint(1, min(3, len(cpus)))))
             service.change(cores=tuple(cores))
             config = [s if s.core in cores else replace(s, core=None) for s in service.config]

@@ -151,6 +151,7 @@ class Scenario:
             (self._refuse_storage, 1),
             (self._kill_all, 2),
             (self.operator.restart, 2),
+            (self._leave_core, 2),
         ):
             if random.random() < 0.6:
                 times = [random.random() * seconds for _ in range(random.randint(1, most))]
@@ -193,6 +194,22 @@ class Scenario:
         self.service.die()
         for process in list(self.host.processes.values()):
             process.send_signal(signal.SIGKILL)
+
+    def _leave_core(self) -> None:
+        """Have a next controller without the core of a worker that is slow to end, or hangs."""
+        victim = self._victim()
+        if victim is None or victim.worker is None:
+            return
+        self.operator.avoided = victim.core
+        impatient = self._impatient()
+        for disk in victim.worker.disks.values():
+            if disk.storage not in impatient and not disk.storage.hung and self.world.chance(0.5):
+                self.world.note("%s hangs", disk.storage)
+                disk.storage.hung = True
+                self.world.after(self.world.between(0.5, 40), self._unhang, disk.storage)
+        if self.world.chance(0.3):
+            victim.send_signal(self.world.random.choice((signal.SIGKILL, signal.SIGSTOP)))
+        self.service.die()
 
     def _remove_storage(self) -> None:
         name = self.world.random.choice(list(self.operator.subjects))

@@ -43,6 +43,8 @@ class Service:
         self._host.controller_pid = platform.pid
         state = self._host.saved
         found = saved.decode(state, INSTANCE) if state is not None else None
+        if found is not None and self._host.unsaved:
+            found = replace(found, complete=False)
         try:
             controller = Controller(self.options, platform, lambda: self.config, {})
             self.controller = controller

@@ -1,0 +1,160 @@
+"""A worker whose core the next controller does not use ends late: nobody but its disks waits."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from reactor.spec import DiskSpec
+from tests.simulation.application import Application
+from tests.simulation.host import Host
+from tests.simulation.processes import WorkerProcess
+from tests.simulation.service import Service
+from tests.simulation.storage import Storage
+from tests.simulation.world import NS, World
+
+MIB = 1 << 20
+SEEDS = range(20)
+
+
+class Hosts:
+    """A service with a disk on each of two cores and one on both; nothing fails but what is told.
+
+    The one on both is of null, which only the controller keeps to those that may have it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.world = World(seed, tracing=True)
+        self.host = Host(self.world, cpus=2, devices=4, has_netlink=True)
+        self.host.faults.end()
+        config = [
+            DiskSpec("stays", "malloc", {"size": MIB}, device="auto", core=0),
+            DiskSpec("moves", "malloc", {"size": MIB}, device="auto", core=1),
+            DiskSpec("plain", "null", {"size": MIB}, core=1),
+            DiskSpec("wide", "malloc", {"size": MIB}, device="auto", connections=2),
+        ]
+        self.service = Service(self.host, (0, 1), config)
+        self.applications = [Application(self.host, spec.name, self._error) for spec in config]
+        self.service.start()
+        self.await_states(stays="online", moves="online", plain="online", wide="online")
+
+    def _error(self, name: str, *_: object) -> None:
+        self.world.violate(f"an I/O error on disk {name}")
+
+    def worker(self, core: int) -> WorkerProcess:
+        return self.host.core_locks[core]
+
+    def storages(self, process: WorkerProcess) -> list[Storage]:
+        assert process.worker is not None
+        return [disk.storage for disk in process.worker.disks.values() if not disk.shared]
+
+    def states(self) -> dict[str, str]:
+        controller = self.service.controller
+        return {d.spec.name: d.state for d in controller.disks()} if controller else {}
+
+    def reasons(self) -> dict[str, str]:
+        assert self.service.controller is not None
+        return {d.spec.name: d.reason for d in self.service.controller.disks()}
+
+    def let_pass(self, seconds: float) -> None:
+        self._await(lambda: False, seconds)
+
+    def await_states(self, **wanted: str) -> None:
+        self._await(lambda: self.states() == wanted, 60)
+        assert self.states() == wanted
+
+    def _await(self, true: Callable[[], bool], seconds: float) -> None:
+        end = self.world.now + int(seconds * NS)
+        self.world.after(seconds, self._wake)
+        while not true() and self.world.now < end:
+            self.service.turn()
+            assert not self.world.violations
+
+    def _wake(self) -> None:
+        if self.service.platform is not None:
+            self.service.platform.asleep = False
+
+    def move_to_core_0(self) -> None:
+        """Kill the controller; the next one has only one core."""
+        self.service.config = tuple(
+            replace(spec, core=None) if spec.core == 1 else spec for spec in self.service.config
+        )
+        self.service.change(cores=(0,))
+        self.service.die()
+
+    def signals(self, number: int, process: WorkerProcess) -> int:
+        line = f"{process} gets signal {number}"
+        return sum(line in noted for noted in self.world.trace or ())
+
+
+@pytest.fixture(params=SEEDS)
+def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    made = Hosts(request.param)
+    yield made
+    if made.service.platform is not None:
+        made.service.platform.reactor.close()
+
+
+def test_a_stuck_worker_holds_up_its_own_disks_alone(hosts: Hosts) -> None:
+    stuck, serving = hosts.worker(1), hosts.worker(0)
+    for storage in stuck.worker.disks.values():
+        storage.storage.hung = storage.spec.name != "wide"
+    hosts.let_pass(2)  # so that it waits for the medium, whatever it is told
+    stuck.send_signal(signal.SIGKILL)
+    hosts.let_pass(0.5)
+    assert stuck.waits_for_medium()
+    hosts.move_to_core_0()
+    waiting = {"stays": "online", "moves": "starting", "plain": "starting", "wide": "starting"}
+    hosts.await_states(**waiting)
+    hosts.let_pass(60)
+    assert hosts.states() == waiting
+    assert hosts.worker(0) is serving
+    assert hosts.reasons()["moves"] == (
+        "waits for the end of the worker of core 1, which may have it open"
+    )
+    hosts.host.store.heal()
+    hosts.await_states(stays="online", moves="online", plain="online", wide="online")
+
+
+def test_a_worker_may_take_long_to_drain(hosts: Hosts) -> None:
+    slow = hosts.worker(1)
+    moving = slow.worker.disks["moves"].storage
+    moving.hung = True
+    hosts.let_pass(2)
+    hosts.move_to_core_0()
+    hosts.let_pass(16)
+    assert not slow.gone
+    moving.hung = False
+    hosts.await_states(stays="online", moves="online", plain="online", wide="online")
+    assert slow.gone
+    assert hosts.signals(signal.SIGTERM, slow) == 1
+    assert hosts.signals(signal.SIGKILL, slow) == 0
+
+
+def test_a_worker_that_never_ends_by_itself_is_killed(hosts: Hosts) -> None:
+    silent = hosts.worker(1)
+    silent.send_signal(signal.SIGSTOP)
+    hosts.move_to_core_0()
+    hosts.await_states(stays="online", moves="starting", plain="starting", wide="starting")
+    assert not silent.gone
+    hosts.await_states(stays="online", moves="online", plain="online", wide="online")
+    assert hosts.signals(signal.SIGKILL, silent) == 1
+
+
+def test_without_a_saved_state_every_disk_waits(
+    hosts: Hosts, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck = hosts.worker(1)
+    stuck.send_signal(signal.SIGSTOP)
+    hosts.host.saved = None
+    hosts.move_to_core_0()
+    # The worker that stays says that it has this one; it serves on.
+    hosts.await_states(stays="online", moves="starting", plain="starting", wide="starting")
+    hosts.let_pass(3)
+    assert "what ran before is not fully known" in caplog.text
+    assert not any(storage.openers.keys() - {stuck} for storage in hosts.storages(stuck))
+    hosts.await_states(stays="online", moves="online", plain="online", wide="online")
+    assert stuck.gone
