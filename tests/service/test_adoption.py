@@ -232,8 +232,13 @@ def test_a_state_that_cannot_be_saved_stops_nothing(service: Start, tmp_path: Pa
     assert "it is done, but cannot be saved for a restart" in answer["error"]["message"]
     running.await_line("a controller that starts now would not know all")
     assert running.rpc("reactor_get_disks", name="made")[0]["state"] == "online"
+    state, outdated = (running.runtime_dir / f"state{what}.json" for what in ("", "-outdated"))
+    assert outdated.exists()  # it is not taken for all that ran
+    assert not state.exists()
     (running.runtime_dir / "state.json.new").rmdir()
-    running.await_true(lambda: b'"made"' in (running.runtime_dir / "state.json").read_bytes())
+    running.await_true(state.exists)
+    assert b'"made"' in state.read_bytes()
+    running.await_true(lambda: not outdated.exists())
 
 
 def test_a_controller_that_was_stopped_for_long_blames_no_worker(
