@@ -119,7 +119,10 @@ class RuntimeDir:
             os.close(worker.pidfd)
         if not left:
             for name in ("bus.sock", *(path.name for path in self.path.glob("worker-*"))):
-                (self.path / name).unlink(missing_ok=True)
+                try:
+                    (self.path / name).unlink(missing_ok=True)
+                except OSError as error:
+                    log.warning("%s; remove it by hand", reason(error))
         os.close(self._lock)
 
     def _check_owner(self) -> None:
@@ -180,9 +183,10 @@ def _owners(fd: int) -> set[int]:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file; raises OSError for anything else, and never waits."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         yield file
 
 

@@ -150,8 +150,7 @@ class Shares:
         """Do without the workers that keep dying."""
         for share in self._taking_part():
             if share.worker.state == "failed":
-                core = share.worker.core
-                self._give_up(share, ReactorError(f"the worker of core {core} keeps dying"))
+                self._give_up(share, ReactorError(share.worker.failure))
 
     def open_next(self, spec: DiskSpec) -> None:
         """Have the disk opened by the first that has yet to and whose worker runs, if any."""

@@ -49,6 +49,7 @@ class WorkerProcess:
     ) -> None:
         self.core = core
         self.state: State = "waiting"
+        self.failure = ""  # why it was given up
         self.restarts = 0
         self.unknown = True  # it may have disks of which it has yet to say so
         self.statistics: dict[str, int] = {}
@@ -296,6 +297,8 @@ class WorkerProcess:
         self._quick_deaths = self._quick_deaths + 1 if quickly else 1
         if hopeless or self._quick_deaths > len(BACKOFF_SECONDS):
             self.state = "failed"
+            why = "cannot start; the log says why" if hopeless else "keeps dying"
+            self.failure = f"the worker of core {self.core} {why}"
             log.error("worker core %d is given up; starting a disk of it tries again", self.core)
             return
         self.restarts += 1

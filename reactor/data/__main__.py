@@ -9,6 +9,7 @@ import fcntl
 import os
 import resource
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -37,9 +38,16 @@ log = logger(__name__)
 
 def _lock_core(runtime_dir: Path, core: int) -> int:
     """Take the core's lock for this process's life; the next controller reads there who we are."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     path = runtime_dir / f"worker-{core}.lock"
-    fd = os.open(path, flags, 0o600)
+    try:
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno in SHORTAGES or not os.path.lexists(path):
+            raise
+        raise _not_a_file(path, core) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise _not_a_file(path, core)
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -52,6 +60,13 @@ def _lock_core(runtime_dir: Path, core: int) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n{start_line(sys.argv[1:])}\n".encode(), 0)
     return fd
+
+
+def _not_a_file(path: Path, core: int) -> ReactorError:
+    return ReactorError(
+        f"{path} is not a regular file that can be written; remove it, then start a disk of core"
+        f" {core}"
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -86,6 +101,19 @@ def _await_core(arguments: argparse.Namespace) -> tuple[int, int] | None:
     return core, controller
 
 
+def _open_parent(controller: int) -> int | None:
+    """Return a descriptor of the process that started this one; None when it is gone.
+
+    The next controller knows the workers that it finds locked when it starts, no others.
+    """
+    try:
+        process = os.pidfd_open(controller)
+    except ProcessLookupError:
+        return None
+    # Only now: whoever has this pid is the parent as long as this one is its child.
+    return process if os.getppid() == controller else None
+
+
 def _load_backends() -> None:
     for name in registry.names():
         try:
@@ -110,11 +138,11 @@ def main() -> int:
         for thread in Path("/proc/self/task").iterdir():  # ZeroMQ's will be where its maker is
             os.sched_setaffinity(int(thread.name), {core})
         lock = _lock_core(arguments.runtime_dir, core)
-        # The next controller knows the workers that it finds locked when it starts, no others.
-        if os.getppid() != controller:
+        parent = _open_parent(controller)
+        if parent is None:
             return 0
         reactor = Reactor(arguments.mode)
-        worker = Worker(reactor, core, arguments.runtime_dir, arguments.instance)
+        worker = Worker(reactor, core, arguments.runtime_dir, arguments.instance, parent)
     except (OSError, ReactorError, MemoryError) as error:
         log.critical("cannot start: %s", reason(error))
         return SHORTAGE if error_number(error) in SHORTAGES else BOOT_FAILURE

@@ -46,7 +46,14 @@ log = logger(__name__)
 class Worker:
     """The disks of one core and the bus to the controller."""
 
-    def __init__(self, reactor: Reactor, core: int, runtime_dir: Path, instance: str) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        core: int,
+        runtime_dir: Path,
+        instance: str,
+        controller: int,  # a descriptor of its process
+    ) -> None:
         self._reactor = reactor
         self._core = core
         self._instance = instance
@@ -60,7 +67,7 @@ class Worker:
         self._handed: dict[str, list[socket.socket]] = {}  # systemd's sockets, by name
         self._welcomed = False
         self._inquiry = 0  # that is not answered yet
-        self._controller = os.pidfd_open(os.getppid())
+        self._controller = controller
         self._descriptors = _bind_descriptor_socket(descriptor_socket(runtime_dir, core))
         reactor.add_fd(self._descriptors.fileno(), self._take_descriptors, name="descriptors")
         identity = f"worker-{core}-{os.getpid()}".encode()

@@ -14,6 +14,7 @@ REASONS = (
     "Input/output error",  # it cannot be opened
     "No such file or directory",
     "keeps dying",
+    "cannot start",
     "no netlink",
 )
 AT_REST = ("online", "stopped", "failed", "removed")
