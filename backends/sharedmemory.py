@@ -53,12 +53,17 @@ def names(instance: str) -> list[str]:
 
 
 def remove(path: Path, identity: bytes) -> None:
-    """Remove the memory of a disk, if it is that; raises OSError."""
+    """Remove the memory of a disk, if it is that; raises OSError, and never waits."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
-            header = file.read(HEADER.size)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return
+    try:
+        header = os.read(fd, HEADER.size)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+    finally:
+        os.close(fd)
     if any(header):
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise OSError(errno.EEXIST, "it is not a memory disk and is left alone", str(path))

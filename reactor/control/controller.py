@@ -151,10 +151,11 @@ class Controller:
             return
 
         def created(error: Exception | None) -> None:
-            if error is not None:  # a disk that never was is not kept as failed
+            if error is not None and disk.desired == "online":
+                # A disk that never was is not kept as failed.
                 disk.want("gone", lambda _: done(error))
             else:
-                done(None)
+                done(error)
 
         disk.want("online", created)
 

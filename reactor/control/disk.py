@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from reactor.attach.device import Device
+from reactor.control.answers import Answers
 from reactor.control.errand import Errand
 from reactor.control.link import DeviceLink
 from reactor.control.platform import Platform
@@ -21,7 +22,7 @@ from reactor.control.saved import Desired, Wish
 from reactor.control.service import DiskState, DiskStatus, Done
 from reactor.control.shares import Share, Shares, is_served_as
 from reactor.control.workers import WorkerProcess
-from reactor.errors import ReactorError, reason
+from reactor.errors import ReactorError, error_number, reason
 from reactor.log import logger
 from reactor.messages import Message
 from reactor.spec import DiskSpec
@@ -89,7 +90,8 @@ class DiskControl:
         self._shares = Shares(self._errand, spec.name, list(shares.values()), self._on_failed)
         self._link = DeviceLink(host.platform, self._errand, homes, self._on_link_failed)
         self._configured = spec
-        self._waiting: list[Done] = []
+        self._answers = Answers(spec.name)
+        self._left: Exception | None = None  # why what it kept could not be removed
         self._attaching: Callable[[str | Exception], None] | None = None
         self._resize: Resize | None = None
         self._short_since_ns = 0  # of memory or descriptors
@@ -100,7 +102,7 @@ class DiskControl:
         """Change what the disk should be; `done` comes when it is, or has failed."""
         if desired == "online" and self._shares.refusing:
             self._again_online = True  # first it must be let go
-            self._again(done)
+            self._again(done, desired)
             return
         if desired == "online":
             self.failure = None
@@ -111,7 +113,7 @@ class DiskControl:
         if self.desired != "gone":
             self.desired = desired
         self._hot = self._hot or hot
-        self._again(done)
+        self._again(done, desired)
 
     def change(self, spec: DiskSpec) -> bool:
         """Become `spec` in place, if only device or size differ; else nothing happens: False."""
@@ -431,7 +433,9 @@ class DiskControl:
         try:
             self._host.platform.discard(self.spec.backend, self.spec.name)
         except (OSError, ReactorError) as error:
-            log.error("disk %s: what it kept is not removed: %s", self.spec.name, reason(error))
+            why = f"what disk {self.spec.name} kept cannot be removed: {reason(error)}"
+            log.error("%s", why)
+            self._left = OSError(error_number(error), why)
 
     # --- waiting and answering ---
 
@@ -474,21 +478,21 @@ class DiskControl:
         if self.settled:
             return
         self.settled = True
-        error = self.failure if self.desired == "online" else None
+        failure = self.failure if self.desired == "online" else None
         if self._attaching is not None:
             attaching, self._attaching = self._attaching, None
-            attaching(error or self.path or OSError(errno.ENODEV, "the disk is stopped"))
+            attaching(failure or self.path or OSError(errno.ENODEV, "the disk is stopped"))
         if self._resize is not None and not self._rising():
             resize, self._resize = self._resize, None
-            resize.done(error or OSError(errno.ENODEV, "the disk is stopped"))
-        waiting, self._waiting = self._waiting, []
+            resize.done(failure or OSError(errno.ENODEV, "the disk is stopped"))
+        answers = self._answers.take(self.desired, failure, self._left)
         self._host.on_settled(self)
         # Last: whoever hears of it may want something else at once.
-        for done in waiting:
+        for done, error in answers:
             done(error)
 
-    def _again(self, done: Done | None) -> None:
+    def _again(self, done: Done | None, wanted: Desired | None = None) -> None:
         self.settled = False
         if done is not None:
-            self._waiting.append(done)
+            self._answers.owe(done, wanted)
         self.step()
