@@ -10,8 +10,8 @@ from socket import socket
 from typing import Final
 
 from backends import registry
-from reactor.control import leftovers
 from reactor.control.disk import DiskControl, Host
+from reactor.control.leftovers import LeftDevices
 from reactor.control.notify import notify
 from reactor.control.plan import Machine, Placement, place, place_all
 from reactor.control.platform import Platform
@@ -66,6 +66,7 @@ class Controller:
         self._host = Host(
             platform, self._save, self._on_settled, self._may_attach, self._is_succeeded
         )
+        self._left_devices = LeftDevices(platform, self._host.tag(""), self._step_waiting)
         self._bus = platform.connect(self._on_event)
         self._workforce = Workforce(
             platform, self._bus, options.cores, self._on_worker, self._on_hello
@@ -78,7 +79,7 @@ class Controller:
         Without a config (None) what an earlier one asked for stays. Raises UsageError, and has
         changed nothing, when `specs` cannot be placed.
         """
-        saved = saved or SavedState(complete=False)
+        platform, saved = self._platform, saved or SavedState(complete=False)
         self._took_over = bool(saved.wishes)
         before = saved.configured
         now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
@@ -98,12 +99,18 @@ class Controller:
             )
             self._suspects = leaving
         for wish in wishes:
-            if wish.spec.name in known:
+            name = wish.spec.name
+            if name in known:
                 self._add(wish, known=True)
             else:  # a worker that leaves may still listen on its addresses
                 self._add(replace(wish, former=leaving))
+            # With one connection and no timeout a request may take any time.
+            patient = wish.spec.connections == 1 and not wish.spec.timeout
+            device = platform.adopt(self._host.tag(name), patient=patient)
+            if device is not None:  # also one that it is to leave: in order, and written back
+                self._disks[name].adopt(device)
         self._save()
-        leftovers.detach_unclaimed(self._platform, self._host.tag(""), self._is_on_device)
+        self._left_devices.detach([name for name, disk in self._disks.items() if disk.path])
         self._workforce.begin()
         for name in [name for name in before if name in self._disks]:
             disk, spec = self._disks[name], now.get(name)
@@ -315,14 +322,17 @@ class Controller:
             if self._disks.get(disk.spec.name) is disk:
                 del self._disks[disk.spec.name]
             self._succeed(disk)
-        for other in list(self._disks.values()):
-            if other.path is None and other.spec.device is not None:
-                # It may have waited for this disk's device.
-                self.reactor.call_from_thread(other.step)
+        self._step_waiting()
         if self._stopping:
             self._end_if_stopped()
         elif self._workforce.up and all(disk.settled for disk in self._disks.values()):
             self._report_ready()
+
+    def _step_waiting(self) -> None:
+        """Let those go on that may have waited for a device to be free."""
+        for disk in self._disks.values():
+            if disk.path is None and disk.spec.device is not None:
+                self.reactor.call_from_thread(disk.step)
 
     def _succeed(self, disk: DiskControl) -> None:
         spec = self._successors.pop(disk.spec.name, None)
@@ -338,7 +348,9 @@ class Controller:
             self._disks[spec.name].step()
 
     def _may_attach(self, disk: DiskControl) -> bool:
-        """Whether no other disk's device must come or go first."""
+        """Whether no other device must come or go first."""
+        if disk.spec.name in self._left_devices.disks:
+            return False
         if disk.spec.device == "auto":
             # Whoever names its device goes first, or `auto` might take it.
             return not any(other.awaits_device for other in self._disks.values())
@@ -422,12 +434,6 @@ class Controller:
         wish = replace(wish, former=tuple({*wish.former, *self._suspects}))
         disk = DiskControl(self._host, wish, self._workforce.everyone, known=known)
         self._disks[spec.name] = disk
-        if spec.device is not None:
-            # With one connection and no timeout a request may take any time.
-            patient = spec.connections == 1 and not spec.timeout
-            device = self._platform.adopt(self._host.tag(spec.name), patient=patient)
-            if device is not None:
-                disk.adopt(device)
         return disk
 
     def _save(self) -> None:
@@ -458,10 +464,6 @@ class Controller:
             done(error)
 
         return answer
-
-    def _is_on_device(self, name: str) -> bool:
-        disk = self._disks.get(name)
-        return disk is not None and disk.path is not None
 
     def _check_new(self, spec: DiskSpec) -> None:
         if self._stopping:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import partial
 
 from backends import registry
 from reactor.control.link import DETACH_SECONDS
@@ -13,14 +14,41 @@ from reactor.log import logger
 log = logger(__name__)
 
 
-def detach_unclaimed(platform: Platform, prefix: str, is_claimed: Callable[[str], bool]) -> None:
-    """Free the devices held under a tag of `prefix` and a disk's name that nobody claims."""
-    for tag in platform.held(prefix):
-        device = None if is_claimed(tag.removeprefix(prefix)) else platform.adopt(tag)
-        if device is not None:
-            log.warning("%s is detached: no disk is to be on it any more", device.path)
-            name = f"detaching {device.path}"
-            platform.call(name, DETACH_SECONDS, device.detach, _log_detach)
+class LeftDevices:
+    """Devices held under a tag of `prefix` and the name of a disk that there is not any more.
+
+    `on_end` comes after each. A disk of the name that is made meanwhile has to wait for it: under
+    one tag only one device is found again.
+    """
+
+    def __init__(self, platform: Platform, prefix: str, on_end: Callable[[], None]) -> None:
+        self.disks: set[str] = set()  # whose devices are on their way to be free
+        self._platform = platform
+        self._prefix = prefix
+        self._on_end = on_end
+
+    def detach(self, claimed: Container[str]) -> None:
+        """Free those but of the disks `claimed`."""
+        for tag in self._platform.held(self._prefix):
+            disk = tag.removeprefix(self._prefix)
+            device = None if disk in claimed else self._platform.adopt(tag)
+            if device is not None:
+                log.warning(
+                    "%s is detached: it is no device of disk %s any more", device.path, disk
+                )
+                self.disks.add(disk)
+                self._platform.call(
+                    f"detaching {device.path}",
+                    DETACH_SECONDS,
+                    device.detach,
+                    partial(self._detached, disk),
+                )
+
+    def _detached(self, disk: str, _: None, error: Exception | None) -> None:
+        if error is not None:
+            log.error("%s", reason(error))
+        self.disks.discard(disk)
+        self._on_end()
 
 
 def report(instance: str, disks: Container[str]) -> None:
@@ -38,8 +66,3 @@ def report(instance: str, disks: Container[str]) -> None:
                     " the data, or to remove it",
                     *(backend, name),
                 )
-
-
-def _log_detach(_: None, error: Exception | None) -> None:
-    if error is not None:
-        log.error("%s", reason(error))
