@@ -194,7 +194,7 @@ def test_a_worker_without_controller_ends_on_sigterm_and_one_with_does_not(
     [
         (b"", "torn"),
         (b"\xff" * 10_000, "torn"),
-        (None, "Is a directory"),
+        (None, "it is not a regular file"),
     ],
 )
 def test_a_damaged_state_is_refused_and_nothing_is_touched(
