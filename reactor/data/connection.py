@@ -465,9 +465,9 @@ class Connection:
         return False
 
     def _count_memory(self) -> None:
-        total = self._receiver.memory_bytes
-        if self._shortcut is None:  # else they are the disk's own
-            total += self._in_flight_bytes + self._outgoing.waiting
+        # Of a memory disk's replies only what was never written is no view of the disk.
+        waiting = self._outgoing.own_bytes if self._shortcut else self._outgoing.waiting
+        total = self._receiver.memory_bytes + self._in_flight_bytes + waiting
         self._share.count(self, total)
 
     # --- sending ---

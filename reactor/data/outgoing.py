@@ -25,6 +25,14 @@ class Outgoing:
         self._lent: deque[tuple[int, Releasable]] = deque()
         self._blocked = False  # the socket took less than the last send offered
 
+    @property
+    def own_bytes(self) -> int:
+        """The bytes that wait in memory of their own, not in that of a disk."""
+        parts = (
+            (part, part.obj if isinstance(part, memoryview) else part) for part in self.buffers
+        )
+        return sum(len(part) for part, memory in parts if isinstance(memory, bytes))
+
     def lend(self, lent: Releasable) -> None:
         """Release `lent` once everything appended so far has left."""
         self._lent.append((self.sent + self.waiting, lent))

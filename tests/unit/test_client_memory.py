@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from backends.api import Channel
+from backends.malloc import MallocBackend
 from reactor.data import clientmemory
 from reactor.data.clientmemory import RESERVE, ClientMemory
 from reactor.data.connection import Connection
@@ -18,6 +20,8 @@ from tests.unit.pumping import CallChannel, null_disk
 from tests.unit.requests import export, reply, request
 
 MIB = 1 << 20
+SIZE = 64 * MIB
+INSTANCE = "memorytest"
 ALL = 8 * MIB
 LARGE = 3 * MIB
 TURNS = 50
@@ -33,8 +37,8 @@ class Worker:
         self.memory = ClientMemory(self.reactor)
         self.clients: list[Client] = []
 
-    def client(self, *, trusted: bool = False) -> Client:
-        self.clients.append(Client(self, None if trusted else self.memory))
+    def client(self, *, trusted: bool = False, channel: Channel | None = None) -> Client:
+        self.clients.append(Client(self, None if trusted else self.memory, channel))
         return self.clients[-1]
 
     def turns(self) -> None:
@@ -58,17 +62,18 @@ class Worker:
 class Client:
     """A client that sends and reads only when it is told to."""
 
-    def __init__(self, worker: Worker, memory: ClientMemory | None) -> None:
+    def __init__(
+        self, worker: Worker, memory: ClientMemory | None, channel: Channel | None = None
+    ) -> None:
         self.worker = worker
         self.socket, served = socket.socketpair()
         self.socket.setblocking(False)
         self.closed: list[str] = []
-        disk = null_disk(64 * MIB)
-        channel = CallChannel(
-            disk, lambda asked: bytes(asked[4] if asked[0] == NBD_CMD_READ else 0)
+        channel = channel or CallChannel(
+            null_disk(SIZE), lambda asked: bytes(asked[4] if asked[0] == NBD_CMD_READ else 0)
         )
         self.connection = Connection(
-            *(worker.reactor, served, export(size=disk.size), channel),
+            *(worker.reactor, served, export(size=SIZE), channel),
             lambda _, why: self.closed.append(why),
             memory=memory,
         )
@@ -122,6 +127,41 @@ def test_clients_that_do_not_read_occupy_no_more_than_there_is(worker: Worker, l
     other.send(request(NBD_CMD_READ, 0, 4096))
     assert other.receive(16 + 4096) == reply(1, 0, bytes(4096))
     assert not any(one.closed for one in slow)
+
+
+@pytest.mark.parametrize("length", [MIB // 16, MIB, LARGE])
+def test_what_was_never_written_to_a_memory_disk_is_counted(worker: Worker, length: int) -> None:
+    """It is read as a copy; what was written is sent from where it is."""
+    disk = MallocBackend.create(
+        "m",
+        {"size": SIZE},
+        instance=INSTANCE,
+        reactor=worker.reactor,
+        block_size=None,
+        readonly=False,
+        shared=False,
+    )
+    try:
+        channel = disk.channel(worker.reactor)
+        slow = [worker.client(channel=channel) for _ in range(20)]
+        for one in slow:
+            one.send(request(NBD_CMD_READ, 0, length) * (16 * MIB // length))
+        assert worker.memory.left <= LARGE
+        assert worker.occupied <= ALL + 20 * (RESERVE + length)
+        writer = worker.client(channel=channel)
+        writer.send(request(NBD_CMD_WRITE, 32 * MIB, payload=bytes(MIB // 2)))
+        assert writer.receive(16) == reply(1)
+        reader = worker.client(channel=channel)
+        reader.send(request(NBD_CMD_READ, 32 * MIB, MIB // 2) * 8)
+        worker.turns()
+        assert reader.connection._outgoing.waiting > RESERVE
+        assert reader.connection._share.bytes == 0
+    finally:
+        for one in worker.clients:
+            one.connection.close("the test is over")
+        worker.turns()
+        disk.close()
+        MallocBackend.discard("m", INSTANCE)
 
 
 def test_a_large_read_waits_and_comes_when_the_slow_are_closed(worker: Worker) -> None:
