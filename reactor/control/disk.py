@@ -29,7 +29,8 @@ from reactor.spec import DiskSpec
 
 RESIZE_RETRY_SECONDS: Final = 0.2
 SHORTAGE_SECONDS: Final = 1.0
-SHORTAGES: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+# EBUSY: what a dead worker had begun keeps its file until the medium has done it.
+AWAITED: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY)
 
 log = logger(__name__)
 
@@ -94,7 +95,7 @@ class DiskControl:
         self._left: Exception | None = None  # why what it kept could not be removed
         self._attaching: Callable[[str | Exception], None] | None = None
         self._resize: Resize | None = None
-        self._short_since_ns = 0  # of memory or descriptors
+        self._waiting_since_ns = 0
 
     # --- what front ends ask ---
 
@@ -448,11 +449,11 @@ class DiskControl:
             self.failure = error
 
     def _may_wait(self, error: Exception) -> bool:
-        """Whether a device's users should wait, as long as the kernel does, for what is short."""
-        if self.path is None or getattr(error, "errno", None) not in SHORTAGES:
+        """Whether a device's users should wait, as long as the kernel does."""
+        if self.path is None or getattr(error, "errno", None) not in AWAITED:
             return False
-        self._short_since_ns = self._short_since_ns or self._host.platform.reactor.clock()
-        waited = self._host.platform.reactor.clock() - self._short_since_ns
+        self._waiting_since_ns = self._waiting_since_ns or self._host.platform.reactor.clock()
+        waited = self._host.platform.reactor.clock() - self._waiting_since_ns
         return waited < self.spec.dead_timeout * 1e9
 
     def _on_link_failed(self, error: Exception) -> None:
@@ -474,7 +475,7 @@ class DiskControl:
             self._again_online = False
             self.want("online")
             return
-        self._short_since_ns = 0
+        self._waiting_since_ns = 0
         if self.settled:
             return
         self.settled = True

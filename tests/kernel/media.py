@@ -66,6 +66,11 @@ class Medium:
         """Return that of a medium whose every I/O takes so long."""
         return self._range("delay", 0, None, f"{self._loop} 0 {milliseconds}")
 
+    def slow_to_write(self, milliseconds: int) -> str:
+        """Return that of a medium that reads at once, but whose every write takes so long."""
+        writes = f"{self._loop} 0 {milliseconds}"
+        return self._range("delay", 0, None, f"{self._loop} 0 0 {writes}")
+
     def become(self, *tables: str) -> None:
         """Replace what is below; I/O that waits goes there."""
         self._dmsetup("load", self._name, "--table", "\n".join(tables))

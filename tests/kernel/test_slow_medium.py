@@ -179,3 +179,26 @@ disks:
     with Client(tmp_path / "c", "cached") as client:
         assert client.read(0, 2 * MIB) == data
     check_nothing_was_ended(running, worker)
+
+
+def test_a_device_waits_for_what_a_dead_worker_had_begun(
+    media: list[Medium], service: Start, tmp_path: Path
+) -> None:
+    """The kernel keeps the file of a killed worker open until its last write has ended."""
+    _, direct, _ = media
+    running = service(f"""
+disks:
+  direct: {{backend: file, path: {direct.path}, direct: true, device: /dev/nbd0}}
+""")
+    direct.become(direct.slow_to_write(int(BLOCKED_SECONDS * 1000)))
+    write = ["dd", "if=/dev/zero", "of=/dev/nbd0", "bs=4k", "count=1", "oflag=direct"]
+    with working(write):
+        running.await_true(lambda: "1" in Path("/sys/block/nbd0/inflight").read_text().split())
+        time.sleep(1)
+        running.workers()[0].kill()
+        running.await_line("controller: disk direct waits: ")
+        direct.become(direct.healthy())
+    assert running.await_state("direct", "online")["reason"] == ""
+    fio_verify("/dev/nbd0", "2M")
+    assert "failed" not in running.log
+    assert running.stop() == 0
