@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-#: Kinds of disk. `direct` is a file past the page cache, `python` a disk of 20 lines of Python.
+#: Kinds of disk. `direct` is a file past the page cache, `python` a disk of 30 lines of Python.
 KINDS: Final = ("memory", "file", "direct", "python")
 #: Not measured but counted, on a memory disk: the same on any machine.
 COUNTS: Final = "counts"

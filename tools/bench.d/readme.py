@@ -18,7 +18,7 @@ END: Final = "<!-- end of what tools/bench writes -->"
 KIND_NAMES: Final = {
     "file": "file in the page cache",
     "direct": "file, O_DIRECT",
-    "python": "20 lines of Python",
+    "python": "30 lines of Python",
 }
 #: What loads other than the batched one are called.
 LOAD_NAMES: Final = {"apart": "header and payload apart", "fio": "fio"}
