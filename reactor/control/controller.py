@@ -112,11 +112,11 @@ class Controller:
         self._save()
         self._left_devices.detach([name for name, disk in self._disks.items() if disk.path])
         self._workforce.begin()
-        for name in [name for name in before if name in self._disks]:
-            disk, spec = self._disks[name], now.get(name)
-            if spec is None:
+        for name, disk in list(self._disks.items()):
+            spec, was = now.get(name), before.get(name)
+            if spec is None and was is not None:
                 disk.want("gone")
-            elif spec != before[name] and disk.spec != reconfigured(disk.spec, before[name], spec):
+            elif spec not in (None, was) and disk.spec != reconfigured(disk.spec, was, spec):
                 self._change(disk, spec)
         self._tick()
 
