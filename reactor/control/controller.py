@@ -221,6 +221,7 @@ class Controller:
 
     def reload(self, done: Done) -> None:
         """Read the config again and become what it says."""
+        done = self._when_saved(done)
         if self._stopping:
             done(OSError(errno.ESHUTDOWN, "the service is stopping"))
             return
