@@ -85,6 +85,7 @@ class DeviceLink:
         self._detaching = False
         self._adopted = False  # an earlier controller attached it, with so many sockets as it knew
         self._tries = 0
+        self._tries_for_sockets = 0
         self._failed_probes = 0
         self._linked_ns = 0
 
@@ -110,7 +111,7 @@ class DeviceLink:
 
     def forgive(self) -> None:
         """Begin to count failures anew."""
-        self._tries = self._failed_probes = 0
+        self._tries = self._tries_for_sockets = self._failed_probes = 0
 
     def stay(self) -> None:
         """Note that the device stays: what was written back is not all that will be."""
@@ -217,8 +218,7 @@ class DeviceLink:
             # By ioctl the kernel's thread is gone with its socket: only a new attach helps.
             self.detach(device)
             return
-        self._tries += 1
-        if self._tries > TRIES_MAX:
+        if self._tries >= TRIES_MAX:
             message = f"{device.path} lost its connection {TRIES_MAX} times in short order"
             self._on_failed(DeviceError(errno.EIO, message))
             return
@@ -230,6 +230,7 @@ class DeviceLink:
         pairs = self._socket_pairs(mended)
         if pairs is None:
             return
+        self._tries += 1
         kernel_ends, deliveries = pairs
         worker_ends = [delivery.end for delivery in deliveries]
 
@@ -462,12 +463,13 @@ class DeviceLink:
                 end.close()
             _drop(deliveries)
             log.warning("disk %s: no socket for a device: %s", self._disk, reason(error))
-            self._tries += 1
-            if self._tries > TRIES_MAX:
+            self._tries_for_sockets += 1
+            if self._tries_for_sockets > TRIES_MAX:
                 self._on_failed(error)
             else:
                 self._errand.pause(RETRY_SECONDS)
             return None
+        self._tries_for_sockets = 0
         return kernel_ends, deliveries
 
     def _detach_late(self, device: Device) -> None:
