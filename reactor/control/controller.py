@@ -459,7 +459,9 @@ class Controller:
 
         def answer(error: Exception | None) -> None:
             self._save()
-            if error is None and self._unsaved is not None and not self._stopping:
+            if error is None and self._stopping:
+                error = OSError(errno.ESHUTDOWN, "the service stops; it may not be done")
+            elif error is None and self._unsaved is not None:
                 why = f"it is done, but cannot be saved for a restart: {reason(self._unsaved)}"
                 error = OSError(self._unsaved.errno, why)
             done(error)
