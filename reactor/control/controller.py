@@ -199,6 +199,11 @@ class Controller:
         self, name: str, device: str | None, done: Callable[[str | Exception], None]
     ) -> None:
         """Attach a disk to a kernel device."""
+
+        def attached(result: str | Exception) -> None:
+            error = result if isinstance(result, Exception) else None
+            self._when_saved(lambda error: done(error or result))(error)
+
         disk = self._disks.get(name)
         if disk is None:
             done(OSError(errno.ENODEV, f"there is no disk {name}"))
@@ -207,7 +212,7 @@ class Controller:
         elif device is not None and self._holder(device) is not None:
             done(OSError(errno.EBUSY, f"{device} is in use by disk {self._holder(device)}"))
         else:
-            disk.attach(device, done)
+            disk.attach(device, attached)
 
     def detach(self, device: str, done: Done) -> None:
         """Detach a device of ours."""
