@@ -173,6 +173,7 @@ class DiskControl:
             done(OSError(errno.EBUSY, f"disk {self.spec.name} is {self.state}"))
             return
         self._resize = Resize(size, done, self.spec.options.get("size", size))
+        self._configured = self._configured.with_size(size)  # no earlier reload undoes it
         self._again(None)
 
     # --- what it is ---
