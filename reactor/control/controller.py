@@ -331,8 +331,9 @@ class Controller:
         self._step_waiting()
         if self._stopping:
             self._end_if_stopped()
-        elif self._workforce.up and all(disk.settled for disk in self._disks.values()):
-            self._report_ready()
+        elif not self._ready:
+            # Later: a disk that is made now, and cannot be, is to go; it fails no strict start.
+            self.reactor.call_from_thread(self._report_ready)
 
     def _step_waiting(self) -> None:
         """Let those go on that may have waited for a device to be free."""
@@ -365,7 +366,8 @@ class Controller:
         )
 
     def _report_ready(self) -> None:
-        if self._ready:
+        settled = all(disk.settled for disk in self._disks.values())
+        if self._ready or self._stopping or not self._workforce.up or not settled:
             return
         self._ready = True
         states = {disk.spec.name: disk.state for disk in self._disks.values()}
