@@ -91,4 +91,4 @@ def _log_reload(error: Exception | None) -> None:
     if error is None:
         log.info("config reloaded")
     else:
-        log.error("reload of the config: %s", reason(error))
+        log.error("config not reloaded, or not for a restart: %s", reason(error))
