@@ -488,10 +488,10 @@ class Controller:
             )
 
     def _holder(self, device: str | None) -> str | None:
-        for disk in self._disks.values():
-            if device == disk.path or (device == disk.spec.device and device != "auto"):
-                return disk.spec.name
-        return None
+        disks = self._disks.values()
+        on_it = (disk for disk in disks if disk.path == device)
+        meant_for_it = (disk for disk in disks if disk.spec.device == device != "auto")
+        return next((disk.spec.name for disk in (*on_it, *meant_for_it)), None)
 
     def _named(self, name: str, done: Done) -> DiskControl | None:
         disk = self._disks.get(name)
