@@ -314,7 +314,7 @@ class Controller:
 
     def _on_worker(self, worker: WorkerProcess) -> None:
         if worker.state == "running":
-            self._hand_listeners(worker)
+            worker.hand_listeners(self._handed)
         for disk in list(self._disks.values()):
             share = disk.share(worker)
             if share is not None and worker.state != "running":
@@ -385,11 +385,7 @@ class Controller:
             line += f"; failed: {', '.join(failed)}"
         notify(f"READY=1\nSTATUS={line}")
         tell(line)
-        if self._options.demo:
-            self._tell_demo()
-
-    def _tell_demo(self) -> None:
-        for disk in self._disks.values():
+        for disk in self._disks.values() if self._options.demo else ():
             addresses = [str(address) for address in disk.spec.listen]
             where = " and ".join([disk.path, *addresses] if disk.path else addresses)
             tell(f"disk {disk.spec.name}: {where}")
@@ -501,10 +497,3 @@ class Controller:
             done(OSError(errno.ESHUTDOWN, "the service is stopping"))
             return None
         return disk
-
-    def _hand_listeners(self, worker: WorkerProcess) -> None:
-        for name, socks in self._handed.items():
-            try:
-                worker.hand_over("listener", socks, name=name)
-            except OSError as error:
-                log.error("socket %s of systemd is not handed over: %s", name, reason(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from socket import socket
 from typing import Any, Final, Literal, TypeAlias
 
@@ -208,6 +208,14 @@ class WorkerProcess:
     def hand_over(self, kind: str, socks: Sequence[socket], **fields: Any) -> None:
         """Send descriptors; raises OSError."""
         self._platform.hand_over(self.core, kind, socks, **fields)
+
+    def hand_listeners(self, listeners: Mapping[str, Sequence[socket]]) -> None:
+        """Send systemd's sockets, by name."""
+        for name, socks in listeners.items():
+            try:
+                self.hand_over("listener", socks, name=name)
+            except OSError as error:
+                log.error("socket %s of systemd is not handed over: %s", name, reason(error))
 
     def look_after(self) -> None:
         """End a worker that does not start or hangs; called every second."""
