@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from tests.simulation.host import Host
@@ -14,17 +14,20 @@ DEPTH: Final = 3  # requests at once
 
 
 class Ledger:
-    """What may be found in each block of a disk."""
+    """What may be found in each block of a disk. Later values of a block are greater."""
 
     def __init__(self) -> None:
         self.acknowledged: dict[int, int] = {}
+        self.flushed: dict[int, int] = {}  # not even the host's crash may lose these
         self.unsure: defaultdict[int, set[int]] = defaultdict(set)  # answered with an error
         self.left: defaultdict[int, set[int]] = defaultdict(set)  # from before they were forgotten
         self.last = 0
+        self._unflushed: defaultdict[int, set[int]] = defaultdict(set)  # begun since the flush
 
-    def begin(self) -> int:
+    def begin(self, block: int) -> int:
         """Return a new number to write."""
         self.last += 1
+        self._unflushed[block].add(self.last)
         return self.last
 
     def end(self, block: int, value: int, error: int) -> None:
@@ -34,6 +37,12 @@ class Ledger:
         else:
             self.acknowledged[block] = value
             self.left[block].clear()
+
+    def end_flush(self, covered: Mapping[int, int]) -> None:
+        """Note that a flush ended well, and what had been acknowledged when it began."""
+        for block, value in covered.items():
+            self.flushed[block] = max(value, self.flushed.get(block, 0))
+            self._unflushed[block] = {v for v in self._unflushed[block] if v > value}
 
     def allows(self, block: int, value: int) -> bool:
         """Whether `value` may be in the block while nothing is in flight."""
@@ -45,6 +54,17 @@ class Ledger:
         for block in range(BLOCKS):
             value = self.acknowledged.pop(block, 0)
             self.left[block].update((0, value))
+
+    def lose_unflushed(self) -> None:
+        """Expect what was flushed, or what was written since: the host has crashed."""
+        for block in range(BLOCKS):
+            self.acknowledged[block] = self.flushed.get(block, 0)
+            self.left[block].update(self._unflushed[block])
+
+    def lose_all(self) -> None:
+        """Expect zeros: memory is gone with the host."""
+        for kept in (self.acknowledged, self.flushed, self.unsure, self.left, self._unflushed):
+            kept.clear()
 
 
 class Application:
@@ -72,6 +92,16 @@ class Application:
     def idle(self) -> bool:
         """Whether nothing is in flight."""
         return not self._busy
+
+    def crash(self, *, keeps: bool) -> None:
+        """Begin anew after the host's crash; `keeps`: the disk is no memory."""
+        self._device = None
+        self._busy.clear()
+        self._leaving = False
+        if keeps:
+            self.ledger.lose_unflushed()
+        else:
+            self.ledger.lose_all()
 
     def finish(self) -> None:
         """Begin nothing more, and leave."""
@@ -102,22 +132,24 @@ class Application:
             return
         block = self._world.random.choice(free)
         kind: Kind = self._world.random.choice(("write", "write", "read", "flush"))
-        value = self.ledger.begin() if kind == "write" else 0
+        value = self.ledger.begin(block) if kind == "write" else 0
+        covered = dict(self.ledger.acknowledged) if kind == "flush" else {}
         self._busy[block] = None
 
         def done(error: int, found: int) -> None:
-            self._done(device, kind, block, value, error, found)
+            self._done(device, request, error, found)
+            if not error:
+                self.ledger.end_flush(covered)
 
         request = Request(kind, block, value, done, cpu=self._world.random.randrange(8))
         device.submit(request)
 
-    def _done(
-        self, device: KernelDevice, kind: Kind, block: int, value: int, error: int, found: int
-    ) -> None:
+    def _done(self, device: KernelDevice, request: Request, error: int, found: int) -> None:
+        block = request.block
         del self._busy[block]
-        if kind == "write":
-            self.ledger.end(block, value, error)
-        elif kind == "read" and not error:
+        if request.kind == "write":
+            self.ledger.end(block, request.value, error)
+        elif request.kind == "read" and not error:
             self.check(block, found, "reads")
         if error and not self._leaving and not self._ended:
             self._world.note("%s: error %d on %s", self, error, device.path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
+from collections.abc import Collection
 from typing import Final
 
-from tests.simulation.storage import error
 from tests.simulation.world import World
 
+UNSAVEABLE: Final = "the state cannot be saved"
 #: The kinds of faults, and how probable each is where it may strike, at most.
 RATES: Final = {
     "the controller dies at a step": 0.06,
@@ -17,10 +19,19 @@ RATES: Final = {
     "no process": 0.3,
     "no socket": 0.2,
     "nothing can be handed over": 0.2,
-    "the state cannot be saved": 0.2,
+    UNSAVEABLE: 0.2,
     "a resize is refused": 0.3,
+    "a worker is short of memory": 0.2,
+    "no memory to open a disk": 0.0,
     "slow calls": 0.3,
 }
+#: Of which some strike always while memory or descriptors are short.
+SHORTAGES: Final = (
+    "no process",
+    "no socket",
+    "a worker is short of memory",
+    "no memory to open a disk",
+)
 #: Said once, to a worker that is connected, and not waited for without end.
 NEVER_LOST: Final = ("shutdown",)
 
@@ -30,6 +41,8 @@ class Faults:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.short: Collection[str] = ()  # what strikes, as memory or descriptors are
+        self.full = False  # where the state is saved
         self.rates = {
             kind: world.between(0, most) if world.chance(0.4) else 0.0
             for kind, most in RATES.items()
@@ -40,10 +53,13 @@ class Faults:
 
     def end(self) -> None:
         """Let nothing go wrong any more."""
+        self.short, self.full = (), False
         self.rates = dict.fromkeys(self.rates, 0.0)
 
     def strikes(self, kind: str) -> bool:
         """Whether this one does now."""
+        if kind in self.short or (self.full and kind == UNSAVEABLE):
+            return True
         rate = self.rates[kind]
         return bool(rate) and self._world.chance(rate)
 
@@ -73,4 +89,10 @@ class Faults:
 
 NO_PROCESS: Final = errno.EAGAIN
 NO_SOCKET: Final = errno.EMFILE
+NO_MEMORY: Final = errno.ENOMEM
 NO_SPACE: Final = errno.ENOSPC
+
+
+def error(number: int) -> OSError:
+    """Return the error of a number."""
+    return OSError(number, os.strerror(number))

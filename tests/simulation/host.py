@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from reactor.messages import HANDOVERS, Message, decode, encode
 from tests.simulation.bus import Hub
+from tests.simulation.causes import Causes
 from tests.simulation.faults import Faults
 from tests.simulation.kernel import Driver
-from tests.simulation.processes import WorkerProcess
+from tests.simulation.processes import SHORTAGE, WorkerProcess
 from tests.simulation.storage import Store
 from tests.simulation.streams import End
 from tests.simulation.worker import Worker
@@ -36,14 +37,15 @@ class Host:
         self.world = world
         self.cpus = cpus
         self.faults = Faults(world)
-        self.store = Store(world)
-        self.driver = Driver(world, devices, has_netlink=has_netlink)
+        self.causes = Causes(world)
+        self.store = Store(world, self.faults, self.causes)
+        self.driver = Driver(world, self.causes, devices, has_netlink=has_netlink)
         self.hub = Hub(world, self.faults)
         self.version = 1  # of the program that is installed
         self.controller_pid = 0  # of the living one
         self.saved: bytes | None = None
+        self.saves = 0  # how often that was replaced
         self.unsaved = False  # there is something that could not be saved
-        self.forgot = False  # a controller died with that
         self.core_locks: dict[int, WorkerProcess] = {}
         self.processes: dict[int, WorkerProcess] = {}  # by pid, until they are gone
         self._mailboxes: dict[int, Mailbox] = {}
@@ -71,8 +73,22 @@ class Host:
         """Forget a process."""
         self.world.note("%s is gone", process)
         del self.processes[process.pid]
+        if process.status not in (0, SHORTAGE):
+            self.causes.died(process.core)
         if self.core_locks.get(process.core) is process:
             del self.core_locks[process.core]
+
+    def crash(self, *, keeps_state: bool) -> None:
+        """Lose power: nothing is left but what is durable. The controller is dead already."""
+        self.world.note("--- the host loses power; the saved state is left: %s ---", keeps_state)
+        for process in list(self.processes.values()):
+            process.vanish()
+        self.core_locks.clear()
+        self._mailboxes.clear()
+        self.driver.crash()
+        self.store.crash()
+        if not keeps_state:
+            self.saved = None
 
     # --- descriptors for workers ---
 

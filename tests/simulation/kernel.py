@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 from reactor.errors import DeviceError
+from tests.simulation.causes import Causes
 from tests.simulation.streams import End, Side
 from tests.simulation.world import Event, World
 
@@ -80,6 +81,7 @@ class KernelDevice:
         self.path = f"/dev/nbd{index}"
         self.openers: dict[Any, None] = {}
         self.was_ioctl = False  # when it was attached last
+        self.gave_up_at = -1  # ns, when `dead_timeout` passed for a request
         self.reset()
 
     def reset(self) -> None:
@@ -187,6 +189,7 @@ class KernelDevice:
 
     def _give_up(self, request: Request) -> None:
         self.world.note("%s: dead_timeout has passed", self.path)
+        self.gave_up_at = self.world.now
         self.end(request, errno.EIO, 0)
 
     def resume_waiting(self) -> None:
@@ -222,6 +225,16 @@ class KernelDevice:
             self.world.note("%s is free", self.path)
             self.reset()
 
+    def crash(self) -> None:
+        """Be no more, with all that is in flight."""
+        for request in [*self.in_flight, *self.waiting]:
+            request.ended = True
+            for event in (request.timer, self.waiting.get(request)):
+                if event is not None:
+                    event.cancel()
+        self.openers.clear()
+        self.reset()
+
     def close(self, opener: Any) -> None:
         """Let `opener` go."""
         self.openers.pop(opener, None)
@@ -231,8 +244,9 @@ class KernelDevice:
 class Driver:
     """The nbd driver, and its generic netlink lock."""
 
-    def __init__(self, world: World, devices: int, *, has_netlink: bool) -> None:
+    def __init__(self, world: World, causes: Causes, devices: int, *, has_netlink: bool) -> None:
         self.world = world
+        self._causes = causes
         self.devices = [KernelDevice(world, index) for index in range(devices)]
         self.has_netlink = has_netlink
         self.disconnecting: dict[KernelDevice, None] = {}
@@ -257,7 +271,9 @@ class Driver:
         free = [d for d in self.devices if not d.configured and not d.openers]
         found = next((d for d in free if device in ("auto", d.path)), None)
         if found is None:
-            raise DeviceError(errno.EBUSY, f"{device} is in use")
+            in_use = f"{device} is in use"
+            self._causes.strike(tag.rpartition(":")[2], in_use)
+            raise DeviceError(errno.EBUSY, in_use)
         for other in self.configured():
             if other.tag == tag and not other.disconnected:
                 self.world.violate(f"{tag} is attached twice: {other.path} and {found.path}")
@@ -292,6 +308,13 @@ class Driver:
         if device.serving:
             self.world.note("%s is disconnected", device.path)
             device.shut_down()
+
+    def crash(self) -> None:
+        """Be loaded anew: what is on its way to the devices of before finds them nowhere."""
+        for device in self.devices:
+            device.crash()
+        self.devices = [KernelDevice(self.world, device.index) for device in self.devices]
+        self.disconnecting.clear()
 
     @property
     def is_locked(self) -> bool:

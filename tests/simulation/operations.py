@@ -1,44 +1,24 @@
-"""Who asks things of the service, and knows what each disk must be in the end."""
+"""Who asks things of the service, and notes what the answers promise."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from reactor.control.service import Done
-from reactor.spec import AttachWay, DiskSpec
-from tests.simulation.application import Application
+from reactor.spec import DiskSpec
 from tests.simulation.host import Host
 from tests.simulation.kernel import KernelDevice
 from tests.simulation.service import Service
+from tests.simulation.subjects import Subject, is_refusal, is_unsaved
 from tests.simulation.world import NS
 
 MIB: Final = 1 << 20
 NAMES: Final = ("a", "b", "c", "d")
 FALLING: Final = ("stop", "remove", "detach")
 EXCUSED_SECONDS: Final = 15.0
-
-
-class Subject:
-    """One disk by its name, whether it is there or not."""
-
-    def __init__(self, host: Host, name: str, on_error: Callable[[str, KernelDevice, int], None]):
-        random = host.world.random
-        self.name = name
-        self.backend = random.choice(("malloc", "malloc", "file", "null"))
-        self.ways: tuple[AttachWay, ...] = random.choice((("auto",), ("auto",), ("ioctl", "auto")))
-        self.ends: set[str] = {"gone"}  # what it may be in the end
-        self.asking = ""  # what was asked and is not answered
-        self.excused = False  # I/O errors are allowed
-        self.excused_at = 0
-        self.application = Application(host, name, on_error)
-        self.application.checked = self.backend != "null"
-
-    @property
-    def forgets(self) -> bool:
-        """Whether the data go with the disk."""
-        return self.backend == "malloc"
 
 
 class Operator:
@@ -49,13 +29,15 @@ class Operator:
         self._world = host.world
         self._service = service
         self.subjects = {name: Subject(host, name, self._on_error) for name in NAMES}
+        self.tires = False  # a start must not be strict any more
         self._stopping = False  # the service was asked to
         self.avoided: int | None = None  # a core that the next life of the service has not
+        self._unread = False  # the config, as it is now, by the service
         config = [self._spec(s) for s in self.subjects.values() if self._world.chance(0.6)]
         self._configure(config)
         for spec in config:
-            self.subjects[spec.name].ends = {"online"}
-        self._excuse_no_longer()
+            self.subjects[spec.name].is_configured(spec)
+        self._look()
 
     # --- what it knows ---
 
@@ -64,11 +46,15 @@ class Operator:
         subject = self.subjects[name]
         subject.excused, subject.excused_at = True, self._world.now
 
-    def _excuse_no_longer(self) -> None:
-        self._world.after(1.0, self._excuse_no_longer)
+    def _look(self) -> None:
+        """Forget now and then what a disk has got over."""
+        self._world.after(1.0, self._look)
         controller = self._service.controller
         for name, subject in self.subjects.items():
             status = controller.disk(name) if controller is not None else None
+            if status is not None and status.state == "online":
+                self._host.causes.is_online(name)
+                subject.changing = subject.changing and self._host.unsaved
             if self._stopping or controller is None or subject.asking in FALLING:
                 busy = True
             else:
@@ -78,9 +64,15 @@ class Operator:
             elif self._world.now - subject.excused_at > EXCUSED_SECONDS * NS:
                 subject.excused = False
 
+    def _leaves_nothing(self, exit_status: int) -> bool:
+        """Whether it is a strict start that failed, and had found nothing to leave as it was."""
+        return bool(exit_status) and not self._service.must_keep(exit_status)
+
     def _on_error(self, name: str, device: KernelDevice, error: int) -> None:
-        subject = self.subjects[name]
-        if device.was_ioctl or subject.excused:
+        subject, controller = self.subjects[name], self._service.controller
+        if device.was_ioctl or subject.excused or device.gave_up_at == self._world.now:
+            return
+        if controller is not None and self._leaves_nothing(controller.exit_status):
             return
         self._world.violate(f"an I/O error {error} on {device.path}, disk {name}")
 
@@ -97,11 +89,19 @@ class Operator:
         elif self._service.controller is not None and not subject.asking:
             getattr(self, f"_{verb}")(subject)
 
-    def _begin(self, subject: Subject, verb: str, *ends: str) -> Done:
+    def _begin(
+        self,
+        subject: Subject,
+        verb: str,
+        succeeded: Callable[[], None],
+        failed: Callable[[Exception], None] = lambda _: None,
+    ) -> Done:
+        """Return what takes the answer. `failed` is not called when nothing was changed."""
         self._world.note("asked: %s disk %s", verb, subject.name)
         subject.asking = verb
         platform = self._service.platform
-        answered = False
+        before, checked = set(subject.ends), subject.application.checked
+        began, answered = self._world.now, False
 
         def done(error: Exception | str | None) -> None:
             nonlocal answered
@@ -111,90 +111,145 @@ class Operator:
             if platform is not None and platform.dead:
                 return
             self._world.note("answered: %s disk %s: %s", verb, subject.name, error or "done")
-            subject.asking = ""
-            if not isinstance(error, Exception):
-                if ends:
-                    subject.ends = set(ends)
-                self._succeeded(subject, verb)
+            if subject.answered(error):
+                succeeded()
+            elif is_refusal(error) and self._world.now == began:
+                subject.ends, subject.application.checked = before, checked
+            elif getattr(error, "errno", None) == errno.ESHUTDOWN:  # overtaken by a stop
+                subject.forget_details()
+            elif isinstance(error, Exception):
+                failed(error)
 
         return done
 
-    def _succeeded(self, subject: Subject, verb: str) -> None:
-        if verb == "create":
-            subject.application.checked = subject.backend != "null"
-
     def forget_questions(self) -> None:
-        """Await no answers of a controller that died."""
+        """Await no answers of a controller that died, and expect less of what it could not save."""
+        if self._leaves_nothing(self._service.exit_status):
+            for subject in self.subjects.values():
+                subject.expect_loss()
+        if self._host.unsaved and self._host.saved is None:
+            # What is left of them is nobody's to remove.
+            self._host.store.forgotten.update(self.subjects)
         for subject in self.subjects.values():
-            subject.asking = ""
-            if self._host.unsaved:
-                self._host.forgot = self._host.store.forgotten = True
-                subject.ends |= {"online", "stopped", "gone"}
-                self._expect_loss(subject)
+            if subject.at_risk:
+                self._world.note("what disk %s should be was not saved", subject.name)
+                self._host.store.forgotten.add(subject.name)
+                subject.may_be_anything()
                 self.excuse(subject.name)
+            elif subject.asking:
+                subject.forget_details()
+            subject.asking = ""
 
     def _create(self, subject: Subject) -> None:
         assert self._service.controller is not None
-        if subject.ends == {"gone"}:
-            self._world.note("%s", self._spec(subject))
         if "gone" not in subject.ends:
             return
-        subject.ends.add("online")
-        done = self._begin(subject, "create", "online")
+        spec = self._spec(subject)
+        self._world.note("%s", spec)
+        before = set(subject.ends)
+
+        def created() -> None:
+            subject.ends = {"online"}
+            subject.attached = spec.device is not None
+            subject.size = None if subject.backend == "file" else spec.options["size"]
+            subject.expect_new()
+
+        def failed(_: Exception) -> None:
+            subject.ends = before
+
         self.excuse(subject.name)  # should it fail, it goes again
         if subject.forgets:
             subject.application.ledger.forget()
-        self._service.controller.create(self._spec(subject), done)
+        done = self._begin(subject, "create", created, failed)
+        subject.ends.add("online")
+        subject.forget_details()
+        self._service.controller.create(spec, done)
 
     def _stop(self, subject: Subject) -> None:
         assert self._service.controller is not None
         if subject.ends == {"gone"}:
             return
         self.excuse(subject.name)
+        done = self._begin(subject, "stop", lambda: self._becomes(subject, "stopped"))
         subject.ends.add("stopped")
-        ends = ("stopped",) if "gone" not in subject.ends else ("stopped", "gone")
-        self._service.controller.stop(subject.name, self._begin(subject, "stop", *ends))
+        self._service.controller.stop(subject.name, done)
 
     def _start(self, subject: Subject) -> None:
         assert self._service.controller is not None
         if subject.ends == {"gone"}:
             return
+
+        def started() -> None:
+            self._becomes(subject, "online")
+
+        done = self._begin(subject, "start", started, lambda _: started())
         subject.ends.add("online")
-        ends = ("online",) if "gone" not in subject.ends else ("online", "gone")
-        self._service.controller.start(subject.name, self._begin(subject, "start", *ends))
+        self._service.controller.start(subject.name, done)
+
+    @staticmethod
+    def _becomes(subject: Subject, end: str) -> None:
+        # What is on its way to be gone, as a config says, goes.
+        subject.ends = {end, *({"gone"} & subject.ends)}
 
     def _remove(self, subject: Subject) -> None:
         assert self._service.controller is not None
         if subject.ends == {"gone"}:
             return
+
+        def removed() -> None:
+            subject.ends = {"gone"}
+            subject.forget_details()
+
         self.excuse(subject.name)
-        self._expect_loss(subject)
+        done = self._begin(subject, "remove", removed)
+        subject.expect_loss()
         subject.ends.add("gone")
-        self._service.controller.remove(subject.name, self._begin(subject, "remove", "gone"))
+        self._service.controller.remove(subject.name, done)
 
     def _resize(self, subject: Subject) -> None:
         assert self._service.controller is not None
         size = self._world.random.randint(1, 8) * MIB
-        done = self._begin(subject, f"resize to {size}")
+
+        def resized() -> None:
+            subject.size = size
+
+        def failed(error: Exception) -> None:
+            if getattr(error, "errno", None) != errno.ENOSPC:  # else the storage refused
+                subject.size = None
+
+        done = self._begin(subject, f"resize to {size}", resized, failed)
         self._service.controller.resize(subject.name, size, done)
 
     def _attach(self, subject: Subject) -> None:
         assert self._service.controller is not None
         device = self._world.random.choice((None, "/dev/nbd0", "/dev/nbd1"))
-        done = self._begin(subject, f"attach to {device}")
+
+        def attached() -> None:
+            subject.attached = True
+
+        def failed(_: Exception) -> None:
+            subject.attached = None
+
+        done = self._begin(subject, f"attach to {device}", attached, failed)
         self._service.controller.attach(subject.name, device, done)
 
     def _detach(self, subject: Subject) -> None:
         assert self._service.controller is not None
         status = self._service.controller.disk(subject.name)
-        if status is not None and status.device is not None:
-            self.excuse(subject.name)
-            done = self._begin(subject, "detach")
-            self._service.controller.detach(status.device, done)
+        if status is None or status.device is None:
+            return
 
-    def _expect_loss(self, subject: Subject) -> None:
-        if subject.forgets:
-            subject.application.checked = False
+        at_rest = status.state == "online"  # else the device may be on its way to come or go
+
+        def detached() -> None:
+            subject.attached = False if at_rest else None
+
+        def failed(_: Exception) -> None:
+            subject.attached = None
+
+        self.excuse(subject.name)
+        done = self._begin(subject, "detach", detached, failed)
+        self._service.controller.detach(status.device, done)
 
     # --- the service ---
 
@@ -208,19 +263,34 @@ class Operator:
         for subject in self.subjects.values():
             if on_exit == "disconnect":
                 self.excuse(subject.name)
-                self._expect_loss(subject)
+                subject.expect_loss()
         self._stopping = True
         controller.shut_down()
 
     def stopped(self) -> None:
-        """Expect what is so after an orderly stop."""
-        self._world.note("the service has stopped")
+        """Expect what is so after a stop in order, or after a strict start that failed."""
+        status = self._service.exit_status
+        self._world.note("the service has stopped with status %d", status)
+        if status and not (self._service.options.strict and self._host.causes.any):
+            self._world.violate(f"the service ends with status {status}, and all was well")
         self.forget_questions()
-        if self._service.options.on_exit == "keep":
-            return
-        configured = {spec.name for spec in self._service.config}
-        for name, subject in self.subjects.items():
-            subject.ends = {"online"} if name in configured else {"gone"}
+        if not self._service.kept:
+            for subject in self.subjects.values():
+                subject.expect_loss()
+                self.is_configured(subject)
+
+    def crashed(self, *, keeps_state: bool) -> None:
+        """Expect what survives the host: files, what was flushed, and perhaps the saved state."""
+        self.forget_questions()
+        for subject in self.subjects.values():
+            subject.application.crash(keeps=subject.backend == "file")
+            if not keeps_state:
+                self.is_configured(subject)
+
+    def is_configured(self, subject: Subject) -> None:
+        """Expect what the config says, and nothing else."""
+        config = {spec.name: spec for spec in self._service.config}
+        subject.is_configured(config.get(subject.name))
 
     def starts(self) -> None:
         """Change what may change between two lives of the service."""
@@ -242,6 +312,8 @@ class Operator:
             config = [s if s.core in cores else replace(s, core=None) for s in service.config]
             self._configure(config)
         service.change(on_exit=world.random.choice(("keep", "disconnect")))
+        service.change(strict=not self.tires and world.chance(0.5))
+        self._unread = False
 
     # --- the config ---
 
@@ -250,13 +322,34 @@ class Operator:
         controller = self._service.controller
         if controller is None or any(subject.asking for subject in self.subjects.values()):
             return
+        before = {spec.name: spec for spec in self._service.config}
+        was_unread, self._unread = self._unread, True
         self.change_config()
         self._world.note("asked: reload %s", self._service.config)
+        for spec in self._service.config:
+            self.subjects[spec.name].ends.add("online")
 
         def done(error: Exception | None) -> None:
             self._world.note("answered: reload: %s", error or "done")
+            if error is None or is_unsaved(error):
+                self._unread = False
+                if not was_unread:
+                    self._reloaded(before)
+            for subject in self.subjects.values() if error is not None else ():
+                subject.answered(error)
 
         controller.reload(done)
+
+    def _reloaded(self, before: dict[str, DiskSpec]) -> None:
+        """Expect what a reload promises."""
+        now = {spec.name: spec for spec in self._service.config}
+        for name, subject in self.subjects.items():
+            if name in now and now[name] != before.get(name):
+                subject.ends = {"online"}
+            elif name in now:
+                subject.ends.discard("gone")
+            elif name in before and name not in now:
+                subject.ends = {"gone"}
 
     def change_config(self) -> None:
         """Write another file."""
@@ -270,7 +363,7 @@ class Operator:
                 config.append(self._spec(subject))
             elif now is not None:
                 self.excuse(subject.name)
-                self._expect_loss(subject)
+                subject.expect_loss()
         self._configure(config)
 
     def _configure(self, config: list[DiskSpec]) -> None:
@@ -278,14 +371,16 @@ class Operator:
         self._service.config = tuple(config)
         now = {spec.name: spec for spec in config}
         for name, subject in self.subjects.items():
-            if name in now and now[name] != before.get(name):
+            if now.get(name) == before.get(name):
+                continue
+            subject.forget_details()
+            subject.changing = True
+            if name in now:
                 self.excuse(name)
                 if "gone" in subject.ends and subject.forgets:
                     subject.application.ledger.forget()
                 subject.ends |= {"online"}
-            elif name in now:
-                subject.ends |= {"online"}
-            elif name in before:
+            else:
                 subject.ends |= {"gone"}
 
     def _spec(self, subject: Subject) -> DiskSpec:
@@ -303,6 +398,6 @@ class Operator:
             core=random.choice((None, None, None, *cores)),
             connections=random.choice((1, 1, 1, 2, 4)),
             timeout=random.choice((None, None, None, None, 8)),
-            dead_timeout=600,
+            dead_timeout=random.choice((600, 600, 600, 600, 60)),
             attach=random.choice(subject.ways),
         )

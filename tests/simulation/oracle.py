@@ -7,16 +7,6 @@ from tests.simulation.host import INSTANCE, Host
 from tests.simulation.operations import Operator, Subject
 from tests.simulation.service import Service
 
-#: Why a disk may be down.
-REASONS = (
-    "in use",  # somebody else has its device
-    "its storage was removed",
-    "Input/output error",  # it cannot be opened
-    "No such file or directory",
-    "keeps dying",
-    "cannot start",
-    "no netlink",
-)
 AT_REST = ("online", "stopped", "failed", "removed")
 
 
@@ -69,22 +59,45 @@ class Oracle:
         disks = {disk.spec.name: disk for disk in controller.disks()}
         for name, subject in self._operator.subjects.items():
             self._check_disk(subject, disks.get(name))
+        for worker in controller.workers():
+            if worker.state == "failed" and not self._host.causes.gave_up(worker.core):
+                self._world.violate(f"the worker of core {worker.core} is given up without need")
         self._check_devices(disks)
         self._check_ends()
 
     def _check_disk(self, subject: Subject, disk: DiskStatus | None) -> None:
         state = disk.state if disk is not None else "gone"
         self._world.note("disk %s is %s; it may be %s", subject.name, state, sorted(subject.ends))
-        if state in ("failed", "removed"):
+        causes = self._host.causes
+        if state in ("failed", "removed") and state not in subject.ends:
             assert disk is not None
-            if not any(reason in disk.reason for reason in REASONS):
+            if not subject.ends & {"online", "stopped"} or not causes.explain(
+                disk.spec.name, disk.reason
+            ):
                 self._world.violate(f"disk {subject.name} {state}: {disk.reason or 'no reason'}")
         elif state not in subject.ends:
             self._world.violate(
                 f"disk {subject.name} is {state}, not {' or '.join(sorted(subject.ends))}"
             )
         if disk is not None and state == "online":
+            self._check_details(subject, disk)
             self._check_data(subject, disk)
+
+    def _check_details(self, subject: Subject, disk: DiskStatus) -> None:
+        if subject.size not in (None, disk.size):
+            self._world.violate(
+                f"disk {subject.name} has {disk.size} bytes, not {subject.size} as was acknowledged"
+            )
+        causes, controller = self._host.causes, self._service.controller
+        assert controller is not None
+        placed = controller._disks[subject.name].placement
+        missing = [c for c in placed.cores if c not in disk.cores and not causes.gave_up(c)]
+        if missing and not causes.any_ever(disk.spec.name):
+            self._world.violate(f"disk {subject.name} does without cores {missing}")
+        if subject.attached not in (None, disk.device is not None):
+            self._world.violate(
+                f"disk {subject.name} is on {disk.device or 'no device'}, not as was acknowledged"
+            )
 
     def _check_data(self, subject: Subject, disk: DiskStatus) -> None:
         storage = self._host.store.find(disk.spec)
@@ -133,5 +146,6 @@ class Oracle:
         for device in self._host.driver.configured():
             if not device.disconnected:
                 self._world.violate(f"{device.path} is left, of disk {device.disk}")
-        for memory in self._host.store.memories() if not self._host.forgot else ():
-            self._world.violate(f"memory is left: {memory}")
+        for disk in self._host.store.memories():
+            if disk not in self._host.store.forgotten:
+                self._world.violate(f"memory is left: {disk}")

@@ -13,7 +13,7 @@ from reactor.loop import NEVER, Reactor
 from reactor.messages import Message
 from tests.simulation.bus import ControllerEnd
 from tests.simulation.devices import IoctlDevice, NetlinkDevice, SimulatedDevice, Waits
-from tests.simulation.faults import NO_PROCESS, NO_SOCKET, NO_SPACE
+from tests.simulation.faults import NO_PROCESS, NO_SOCKET, NO_SPACE, UNSAVEABLE
 from tests.simulation.host import INSTANCE, Host
 from tests.simulation.kernel import DEFAULT_IO_TIMEOUT
 from tests.simulation.processes import WorkerProcess
@@ -233,8 +233,9 @@ class SimulatedPlatform:
         """Keep the state."""
         self._step()
         self.host.unsaved = True
-        self.host.faults.check("the state cannot be saved", NO_SPACE)
+        self.host.faults.check(UNSAVEABLE, NO_SPACE)
         self.host.saved, self.host.unsaved = state, False
+        self.host.saves += 1
         self._step()
 
     def discard(self, backend: str, disk: str) -> None:

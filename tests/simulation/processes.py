@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tests.simulation.worker import Worker
 
 BOOT_FAILURE: Final = 3
+SHORTAGE: Final = 4  # exit status: of something that there may be later
 LOCK_TRIES: Final = 10
 LOCK_PAUSE: Final = 0.1
 BOOT_SECONDS: Final = 0.5  # from exec to the first hello, usually
@@ -85,6 +86,9 @@ class WorkerProcess:
                 self.world.after(LOCK_PAUSE, self.run, again)
             else:
                 self.exit(BOOT_FAILURE)
+            return
+        if self.host.faults.strikes("a worker is short of memory"):
+            self.exit(SHORTAGE)
             return
         self.host.core_locks[self.core] = self
         self.worker = self.host.make_worker(self)
@@ -163,6 +167,21 @@ class WorkerProcess:
                 operation.event.cancel()
                 del self._operations[operation]
         self.world.soon(EXIT_SECONDS, self._close)
+
+    def vanish(self) -> None:
+        """End with the host."""
+        self.alive = False
+        self.gone = True
+        for operation in self._operations:
+            assert operation.event is not None
+            operation.event.cancel()
+        self._operations.clear()
+        if self.worker is not None:
+            self.worker.died()
+            self.worker.close_storages()
+        for end in list(self.ends):
+            end.close()
+        self.host.processes.pop(self.pid, None)
 
     def _close(self) -> None:
         if self.worker is not None:

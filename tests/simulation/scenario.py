@@ -6,17 +6,18 @@ import contextlib
 import errno
 import io
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from reactor.errors import ReactorError
+from tests.simulation.faults import NO_SOCKET, SHORTAGES, error
 from tests.simulation.host import Host
 from tests.simulation.operations import Operator
 from tests.simulation.oracle import Oracle
 from tests.simulation.processes import WorkerProcess
 from tests.simulation.service import Service
-from tests.simulation.storage import error
 from tests.simulation.world import NS, Violation, World
 
 TURNS_MAX: Final = 200_000
@@ -92,10 +93,9 @@ class Scenario:
         self._world_after_stop()
 
     def _world_after_stop(self) -> None:
-        keeps = self.service.options.on_exit == "keep"
         self.service.end()
         self._go_on(5.0)
-        self.oracle.check_stopped(keeps=keeps)
+        self.oracle.check_stopped(keeps=self.service.kept)
 
     # --- time ---
 
@@ -152,8 +152,11 @@ class Scenario:
             (self._kill_all, 2),
             (self.operator.restart, 2),
             (self._leave_core, 2),
+            (self._short_of_memory, 1),
+            (self._fill, 1),
+            (self._crash, 1),
         ):
-            if random.random() < 0.6:
+            if random.random() < (0.15 if happen == self._crash else 0.6):
                 times = [random.random() * seconds for _ in range(random.randint(1, most))]
                 if random.random() < 0.3:  # in quick succession
                     times = [times[0] + time / 20 for time in times]
@@ -162,6 +165,7 @@ class Scenario:
 
     def _heal(self) -> None:
         self.host.faults.end()
+        self.operator.tires = True
         self.host.store.heal()
         for process in list(self.host.processes.values()):
             if process.stopped and (process.worker is None or self.world.chance(0.5)):
@@ -190,6 +194,31 @@ class Scenario:
                 seconds = self.world.between(0.1, 20)
                 self.world.after(seconds, victim.send_signal, signal.SIGCONT)
 
+    def _crash(self) -> None:
+        """Take the power away, with the runtime directory in memory or on a disk."""
+        keeps_state = self.world.chance(0.5)
+        self.service.die()
+        self.operator.crashed(keeps_state=keeps_state)
+        self.host.crash(keeps_state=keeps_state)
+
+    def _short_of_memory(self) -> None:
+        random = self.world.random
+        self.host.faults.short = random.sample(SHORTAGES, random.randint(1, len(SHORTAGES)))
+        self.world.note("shortage: %s", self.host.faults.short)
+        self.host.causes.strike("", os.strerror(NO_SOCKET))
+        self.world.after(self.world.between(0.5, 20), self._memory_again)
+
+    def _fill(self) -> None:
+        self.world.note("there is no room for the saved state")
+        self.host.faults.full = True
+        self.world.after(self.world.between(0.5, 30), self._empty)
+
+    def _empty(self) -> None:
+        self.host.faults.full = False
+
+    def _memory_again(self) -> None:
+        self.host.faults.short = ()
+
     def _kill_all(self) -> None:
         self.service.die()
         for process in list(self.host.processes.values()):
@@ -216,7 +245,6 @@ class Scenario:
         for process in list(self.host.processes.values()):
             if process.worker is not None and name in process.worker.disks:
                 self.operator.excuse(name)
-                self.operator.subjects[name].ends.add("removed")
                 process.worker.remove_storage(process.worker.disks[name].storage, "it vanished")
 
     def _hang_storage(self) -> None:

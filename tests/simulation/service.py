@@ -29,6 +29,9 @@ class Service:
         self.on_stop: Callable[[], None] = lambda: None
         self.on_start: Callable[[], None] = lambda: None
         self.restarts = True
+        self.kept = False  # devices, memory and state, by the one that stopped last
+        self.exit_status = 0  # of it
+        self.took_over = False  # disks of one that died, or was to keep them
         self._host = host
 
     @property
@@ -41,10 +44,12 @@ class Service:
         self._host.world.note("the service starts on cores %s", self.options.cores)
         platform = self.platform = SimulatedPlatform(self._host)
         self._host.controller_pid = platform.pid
+        self._host.causes.new_controller()
         state = self._host.saved
         found = saved.decode(state, INSTANCE) if state is not None else None
         if found is not None and self._host.unsaved:
             found = replace(found, complete=False)
+        self.took_over = found is not None and bool(found.wishes)
         try:
             controller = Controller(self.options, platform, lambda: self.config, {})
             self.controller = controller
@@ -82,15 +87,23 @@ class Service:
         assert self.controller is not None
         platform = self.platform
         self.controller.close()
-        if self.options.on_exit == "disconnect":
+        self.kept, self.exit_status = self.controller.keeps, self.controller.exit_status
+        if self.kept != self.must_keep(self.exit_status):
+            self._host.world.violate(f"status {self.exit_status}, devices kept: {self.kept}")
+        if not self.kept:
             self._host.saved = None
         self._leave(platform)
         platform.die()
+
+    def must_keep(self, exit_status: int) -> bool:
+        """Whether devices, memory and state must stay: by option, or as a strict start failed."""
+        return self.options.on_exit == "keep" or (bool(exit_status) and self.took_over)
 
     def _bury(self) -> None:
         assert self.platform is not None
         platform = self.platform
         platform.die()
+        self.exit_status = self.controller.exit_status if self.controller is not None else 0
         self._leave(platform)
         self.on_death()
         if self.restarts:

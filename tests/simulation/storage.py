@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
+from random import Random
 from typing import Any
 
 from reactor.spec import DiskSpec
+from tests.simulation.causes import Causes
+from tests.simulation.faults import NO_MEMORY, Faults
 from tests.simulation.world import World
 
 BLOCK_SIZE = 4096
@@ -19,20 +21,36 @@ class Storage:
         self.key = key
         self.size = size
         self.hung = False  # the medium does nothing
-        self.blocks: dict[int, int] = {}
+        self.blocks: dict[int, int] = {}  # as every process sees them
+        self._durable: dict[int, int] = {}  # what the host cannot lose
         self.openers: dict[Any, str | None] = {}  # by process: who it shares it with, None: nobody
 
     def __repr__(self) -> str:
         return self.key
 
+    def flush(self) -> None:
+        """Make durable what was written."""
+        self._durable = dict(self.blocks)
+
+    def lose_unflushed(self, random: Random) -> None:
+        """Keep what is durable; of the rest, what happens to have been written back."""
+        for block in self.blocks:
+            if random.random() < 0.5:
+                self.blocks[block] = self._durable.get(block, 0)
+        self._durable = dict(self.blocks)
+        self.openers.clear()
+        self.hung = False
+
 
 class Store:
     """All storage of the host."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, faults: Faults, causes: Causes) -> None:
         self._world = world
+        self._faults = faults
+        self._causes = causes
         self._storages: dict[str, Storage] = {}
-        self.forgotten = False  # a controller died with something that could not be saved
+        self.forgotten: set[str] = set()  # disks of which a controller knew what it could not save
         self.refusals: dict[str, OSError] = {}  # by disk: why it cannot be opened now
 
     @staticmethod
@@ -48,7 +66,14 @@ class Store:
         """Open the storage of a disk, making it when it is not there; raises OSError."""
         key = self.key(spec.backend, spec.name, spec.options)
         if spec.name in self.refusals:
-            raise self.refusals[spec.name]
+            refusal = self.refusals[spec.name]
+            self._causes.strike(spec.name, str(refusal.strerror))
+            raise refusal
+        try:
+            self._faults.check("no memory to open a disk", NO_MEMORY)
+        except OSError as shortage:
+            self._causes.strike(spec.name, str(shortage.strerror))
+            raise
         storage = self._storages.get(key)
         size = spec.options.get("size")
         if storage is None:
@@ -58,7 +83,9 @@ class Store:
         mark = spec.name if shared else None
         for other, mark_of_other in storage.openers.items():
             if other is not process and (mark is None or mark != mark_of_other):
-                if spec.backend == "null":  # nothing but the controller keeps it to one worker
+                if (
+                    spec.backend == "null" and spec.name not in self.forgotten
+                ):  # nothing but the controller keeps it to one worker
                     self._world.violate(f"{process} opens {storage}, which {other} serves")
                 raise OSError(errno.EBUSY, "is held by another worker")
         if size is not None and (spec.backend != "file" or size > storage.size):
@@ -77,12 +104,19 @@ class Store:
             if storage is not None:
                 self._world.note("memory of disk %s is discarded", disk)
                 users = ", ".join(str(process) for process in storage.openers if process.alive)
-                if users and not self.forgotten:
+                if users and disk not in self.forgotten:
                     self._world.violate(f"memory of disk {disk} is discarded under {users}")
 
     def pick(self) -> Storage | None:
         """Return any of them."""
         return self._world.random.choice(list(self._storages.values()) or [None])
+
+    def crash(self) -> None:
+        """Lose what a host loses without power: all memory, and what was not flushed."""
+        for key in [key for key in self._storages if not key.startswith("file")]:
+            del self._storages[key]
+        for storage in self._storages.values():
+            storage.lose_unflushed(self._world.random)
 
     def heal(self) -> None:
         """Let all media work."""
@@ -92,9 +126,5 @@ class Store:
 
     def memories(self) -> list[str]:
         """Return the disks that have memory."""
-        return [key for key in self._storages if key.startswith("malloc")]
-
-
-def error(number: int) -> OSError:
-    """Return the error of a number."""
-    return OSError(number, os.strerror(number))
+        keys = (key.partition(" ") for key in self._storages)
+        return [disk for backend, _, disk in keys if backend == "malloc"]

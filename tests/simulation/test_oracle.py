@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from reactor.control import link
+from reactor.control import link, saved, workers
 from reactor.control.controller import Controller
+from reactor.control.disk import DiskControl
+from reactor.control.shares import Shares
 from reactor.errors import DeviceError
 from tests.simulation.devices import NetlinkDevice
 from tests.simulation.platform import SimulatedPlatform
+from tests.simulation.processes import WorkerProcess
 from tests.simulation.scenario import Scenario
+from tests.simulation.storage import Storage
 from tests.simulation.worker import Connection
 
 SEEDS = 1500
@@ -78,17 +83,87 @@ def take_nothing_over(patch: Patch) -> None:
     patch.setattr(Controller, "_on_hello", lambda *_: None)
 
 
+def save_after_the_answer(patch: Patch) -> None:
+    """The next tick saves it."""
+    patch.setattr(Controller, "_when_saved", lambda _, done: done)
+    patch.setattr(DiskControl, "_save", lambda _: None)
+
+
+def tell_success_without_room(patch: Patch) -> None:
+    patch.setattr(Controller, "_when_saved", lambda _, done: done)
+
+
+def forget_former_cores(patch: Patch) -> None:
+    """A disk that moved is opened while the worker that had it still does."""
+    moved = saved._moved
+    patch.setattr(saved, "_moved", lambda *args: replace(moved(*args), former=()))
+
+
+def ask_nobody_what_it_has(patch: Patch) -> None:
+    """A worker that lives is taken for one that has nothing open."""
+    patch.setattr(Shares, "unknown", False)
+
+
+def acknowledge_a_resize_at_once(patch: Patch) -> None:
+    def resize(_: Shares, _size: int, then: Callable[[], None], _refused: Any) -> None:
+        then()
+
+    patch.setattr(Shares, "resize", resize)
+
+
+def flush_nothing(patch: Patch) -> None:
+    patch.setattr(Storage, "flush", lambda _: None)
+
+
+def acknowledge_before_it_lands(patch: Patch) -> None:
+    operate = WorkerProcess.operate
+
+    def operate_later(self: WorkerProcess, storage: Storage, land: Callable[[], None]) -> None:
+        before = dict(storage.blocks)
+        land()
+        written = {block: v for block, v in storage.blocks.items() if v != before.get(block)}
+        storage.blocks = before
+        operate(self, storage, lambda: storage.blocks.update(written))
+
+    patch.setattr(WorkerProcess, "operate", operate_later)
+
+
+def leave_nothing_as_it_was_found(patch: Patch) -> None:
+    """A strict start that fails takes away what served somebody."""
+    never = property(lambda _: False, lambda *_: None)
+    patch.setattr(Controller, "_took_over", never, raising=False)
+
+
+def give_workers_up_too_soon(patch: Patch) -> None:
+    patch.setattr(workers, "BACKOFF_SECONDS", (0.0, 0.1))
+
+
+def fail_without_cause(patch: Patch) -> None:
+    """A device that lost its connection twice is not worth the trouble."""
+    patch.setattr(link, "TRIES_MAX", 2)
+
+
 @pytest.mark.parametrize(
     ("plant", "complaint"),
     [
         (believe_in_every_reconnect, "lost its connection 200 times"),
         (discard_what_the_successor_needs, "was acknowledged|is discarded under"),
-        (save_nothing, "is gone, not online"),
+        (save_nothing, "is gone, not online|is online, not|as was acknowledged"),
         (do_what_the_dead_left, "was acknowledged"),
         (adopt_nothing, "attached twice"),
         (keep_the_sockets, "sockets open"),
         (hold_no_requests, "an I/O error"),
         (take_nothing_over, "is discarded under"),
+        (save_after_the_answer, "as was acknowledged|is online, not|is gone, not"),
+        (tell_success_without_room, "as was acknowledged|is online, not|is gone, not"),
+        (forget_former_cores, "opens null"),
+        (ask_nobody_what_it_has, "opens null"),
+        (acknowledge_a_resize_at_once, "as was acknowledged|, its storage|serves"),
+        (flush_nothing, "was acknowledged"),
+        (acknowledge_before_it_lands, "was acknowledged"),
+        (leave_nothing_as_it_was_found, "an I/O error|was acknowledged|kept: False"),
+        (give_workers_up_too_soon, "keeps dying|without need"),
+        (fail_without_cause, "lost its connection 2 times"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

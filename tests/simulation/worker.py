@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 START_RETRY_SECONDS: Final = 0.1
 START_TRIES: Final = 50
+RETRIED: Final = (errno.EBUSY, errno.ENOMEM)
 FLAGS: Final = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_CAN_MULTI_CONN
 
 
@@ -84,6 +85,8 @@ class Connection:
             found = disk.storage.blocks.get(request.block, 0)
             if request.kind == "write":
                 disk.storage.blocks[request.block] = value
+            elif request.kind == "flush":
+                disk.storage.flush()
             disk.worker.process.run(lambda: self._finish(request, cookie, found))
 
         disk.worker.process.operate(disk.storage, land)
@@ -166,7 +169,7 @@ class ServedDisk:
 
     def check_size(self) -> None:
         """The kernel must never believe in blocks that the disk does not have."""
-        if self.worker.process.host.forgot:
+        if self.spec.name in self.worker.process.host.store.forgotten:
             return
         for connection in self.connections:
             device = connection.device
@@ -299,7 +302,7 @@ class Worker:
             try:
                 disk = ServedDisk(self, spec, shared=message["shared"])
             except OSError as error:
-                if error.errno != errno.EBUSY or not tries:
+                if error.errno not in RETRIED or not tries:
                     raise
                 again = partial(self._start_again, message, tries - 1)
                 run = self.process.run
@@ -427,6 +430,7 @@ class Worker:
         """Act on the storage's going away."""
         for disk in list(self.disks.values()):
             if disk.storage is storage:
+                self.process.host.causes.strike(disk.spec.name, "its storage was removed")
                 self.process.run(partial(self._remove_served, disk, why))
 
     def _remove_served(self, disk: ServedDisk, why: str) -> None:

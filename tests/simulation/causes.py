@@ -1,0 +1,59 @@
+"""What was done to a disk that explains a bad end. Nothing else does."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.simulation.world import NS, World
+
+QUICK_DEATHS: Final = 11  # after so many in one life of the controller it gives a core up
+ONLINE_SECONDS: Final = 20.0  # a disk that is online so long after a fault has got over it
+
+
+class Causes:
+    """The faults that struck each disk, by what its reason must then say."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._struck: dict[tuple[str, str], int] = {}  # (disk or "" for all, text): when
+        self._ever: set[str] = set()
+        self._deaths: dict[int, int] = {}  # by core, in this life of the controller
+
+    def strike(self, disk: str, text: str) -> None:
+        """Note a fault; an empty `disk` stands for all."""
+        self._struck[disk, text] = self._world.now
+        self._ever.add(disk)
+
+    def died(self, core: int) -> None:
+        """Note the death of a worker that nobody wanted to end."""
+        self._deaths[core] = self._deaths.get(core, 0) + 1
+
+    def new_controller(self) -> None:
+        """Note that the deaths are counted anew."""
+        self._deaths.clear()
+
+    def gave_up(self, core: int) -> bool:
+        """Whether a core's workers died so often that it may be done without."""
+        return self._deaths.get(core, 0) >= QUICK_DEATHS
+
+    def is_online(self, disk: str) -> None:
+        """Forget what a disk has got over."""
+        for (other, text), when in list(self._struck.items()):
+            if other == disk and self._world.now - when > ONLINE_SECONDS * NS:
+                del self._struck[other, text]
+
+    def explain(self, disk: str, reason: str) -> bool:
+        """Whether a fault of this disk, or of a core that the reason names, led to this end."""
+        if any(text in reason for other, text in self._struck if other in ("", disk)):
+            return True
+        cores = (core for core in self._deaths if self.gave_up(core))
+        return any(f"worker of core {core} keeps dying" in reason for core in cores)
+
+    def any_ever(self, disk: str) -> bool:
+        """Whether something ever struck the disk, or all."""
+        return disk in self._ever or "" in self._ever
+
+    @property
+    def any(self) -> bool:
+        """Whether some disk may fail."""
+        return bool(self._struck) or any(self.gave_up(core) for core in self._deaths)
