@@ -19,7 +19,6 @@ from tests.simulation.platform import SimulatedPlatform
 from tests.simulation.processes import WorkerProcess
 from tests.simulation.scenario import Scenario
 from tests.simulation.storage import Storage
-from tests.simulation.worker import Connection
 
 SEEDS = 1500
 
@@ -45,20 +44,6 @@ def discard_what_the_successor_needs(patch: Patch) -> None:
 
 def save_nothing(patch: Patch) -> None:
     patch.setattr(Controller, "_save", lambda _: None)
-
-
-def do_what_the_dead_left(patch: Patch) -> None:
-    """The kernel has sent it elsewhere, and something newer since."""
-
-    def read(self: Connection) -> None:
-        while self._end.side.inbox and not self.closed and not self._draining:
-            message = self._end.side.inbox.popleft()
-            if message is not None:
-                self._begin(*message)
-        if self._end.side.peer.closed:
-            self.drain(0.5)
-
-    patch.setattr(Connection, "_read", read)
 
 
 def adopt_nothing(patch: Patch) -> None:
@@ -149,7 +134,6 @@ def fail_without_cause(patch: Patch) -> None:
         (believe_in_every_reconnect, "lost its connection 200 times"),
         (discard_what_the_successor_needs, "was acknowledged|is discarded under"),
         (save_nothing, "is gone, not online|is online, not|as was acknowledged"),
-        (do_what_the_dead_left, "was acknowledged"),
         (adopt_nothing, "attached twice"),
         (keep_the_sockets, "sockets open"),
         (hold_no_requests, "an I/O error"),
