@@ -462,7 +462,8 @@ class Controller:
 
         def answer(error: Exception | None) -> None:
             self._save()
-            if error is None and self._stopping:
+            overtaken = error is None or getattr(error, "errno", None) == errno.ECANCELED
+            if self._stopping and overtaken:
                 error = OSError(errno.ESHUTDOWN, "the service stops; it may not be done")
             elif error is None and self._unsaved is not None:
                 why = f"it is done, but cannot be saved for a restart: {reason(self._unsaved)}"
