@@ -28,6 +28,7 @@ EXAMPLES: Final = {
 }
 SIGNALS: Final = {
     "SIGTERM, SIGINT": "drain and stop; a second one stops by force",
+    "SIGUSR1": "stop as with --on-exit keep, for a restart that nobody notices",
     "SIGHUP": "read the config again and change only what has changed",
 }
 EXIT_STATUS: Final = {

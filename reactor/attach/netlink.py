@@ -63,6 +63,7 @@ def connect(index: int | None, attachment: Attachment) -> NetlinkDevice:
         raise
     if not attachment.timeout and len(attachment.kernel_ends) == 1:
         set_io_timeout(taken)
+    sysfs.announce(taken)
     return NetlinkDevice(taken, attachment.tag, family)
 
 
@@ -147,7 +148,10 @@ class NetlinkDevice(Device):
         if holder is not None:
             self._check_ours()
             self._ask("cannot be detached", NBD_CMD_DISCONNECT)
-            self.await_release(holder)
+            try:
+                self.await_release(holder)
+            finally:
+                sysfs.announce(self.index)
         if self._owner is not None:
             self._owner.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Final
@@ -72,6 +73,15 @@ def is_free(index: int) -> bool:
 def set_io_timeout(index: int, milliseconds: int) -> None:
     """Set after how long the block layer asks the driver about a request; raises OSError."""
     (BLOCK / f"nbd{index}/queue/io_timeout").write_text(str(milliseconds))
+
+
+def announce(index: int) -> None:
+    """Have udev look at the device again.
+
+    The kernel's own event comes before the tag is there, and none comes at the release.
+    """
+    with contextlib.suppress(OSError):  # without /sys to write to, only names are missing
+        (BLOCK / f"nbd{index}/uevent").write_text("change")
 
 
 def _read(index: int, name: str) -> str | None:

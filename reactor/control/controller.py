@@ -12,7 +12,7 @@ from typing import Final
 from backends import registry
 from reactor.control.disk import DiskControl, Host
 from reactor.control.leftovers import LeftDevices
-from reactor.control.notify import notify
+from reactor.control.notify import notify, notify_reloading
 from reactor.control.plan import Machine, Placement, place, place_all
 from reactor.control.platform import Platform
 from reactor.control.saved import SavedState, Wish, reconfigured, wishes_at_start
@@ -62,7 +62,7 @@ class Controller:
         self._took_over = False  # what a dead controller left
         self._suspects: tuple[int, ...] = ()  # cores whose workers may have any disk
         self._ticks = 0
-        self._ready = self._stopping = self._forced = False
+        self._ready = self._reloading = self._stopping = self._forced = False
         self._host = Host(
             platform, self._save, self._on_settled, self._may_attach, self._is_succeeded
         )
@@ -239,6 +239,8 @@ class Controller:
         except (ReactorError, OSError) as error:
             done(error)
             return
+        self._reloading = True
+        notify_reloading()
         before, self._configured = self._configured, wanted
         for name in [name for name in before if name not in wanted and name in self._disks]:
             self._successors.pop(name, None)
@@ -254,6 +256,7 @@ class Controller:
             elif disk.state == "failed":  # one whose storage was removed waits for `start`
                 disk.want("online")
         done(None)
+        self._on_settled(None)
 
     def _change(self, disk: DiskControl, spec: DiskSpec) -> None:
         """Make `disk` what `spec` says: in place if it can be, else by a new disk of its name."""
@@ -265,14 +268,15 @@ class Controller:
         successor = self._successors.get(disk.spec.name)
         return successor is not None and successor.same_storage(disk.spec)
 
-    def shut_down(self) -> None:
-        """Stop in order; a second time, by force."""
+    def shut_down(self, *, keep: bool = False) -> None:
+        """Stop in order, with `keep` as for --on-exit keep; a second time, by force."""
         if self._stopping:
             self._force()
             return
         log.info("stopping")
-        notify("STOPPING=1")
+        notify("STOPPING=1\nSTATUS=stopping")
         self._stopping = True
+        self.keeps = self.keeps or keep
         self._successors.clear()
         self.reactor.call_later(STOP_SECONDS, self._force)
         for disk in list(self._disks.values()):
@@ -331,7 +335,7 @@ class Controller:
         self._step_waiting()
         if self._stopping:
             self._end_if_stopped()
-        elif not self._ready:
+        elif self._reloading or not self._ready:
             # Later: a disk that is made now, and cannot be, is to go; it fails no strict start.
             self.reactor.call_from_thread(self._report_ready)
 
@@ -366,13 +370,13 @@ class Controller:
         )
 
     def _report_ready(self) -> None:
-        settled = all(disk.settled for disk in self._disks.values())
-        if self._ready or self._stopping or not self._workforce.up or not settled:
+        settled = self._workforce.up and all(disk.settled for disk in self._disks.values())
+        if self._stopping or not settled or (self._ready and not self._reloading):
             return
-        self._ready = True
+        first, self._ready, self._reloading = not self._ready, True, False
         states = {disk.spec.name: disk.state for disk in self._disks.values()}
         failed = [name for name, state in states.items() if state == "failed"]
-        if failed and self._options.strict:
+        if first and failed and self._options.strict:
             tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")
             self.exit_status = 1
             # What was there before, and serves somebody, is left as it was found.
@@ -384,6 +388,10 @@ class Controller:
         if failed:
             line += f"; failed: {', '.join(failed)}"
         notify(f"READY=1\nSTATUS={line}")
+        if first:
+            self._tell_ready(line)
+
+    def _tell_ready(self, line: str) -> None:
         tell(line)
         for disk in self._disks.values() if self._options.demo else ():
             addresses = [str(address) for address in disk.spec.listen]

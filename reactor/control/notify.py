@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 
 from reactor.errors import UsageError, reason
 from reactor.log import logger
+from reactor.loop import Reactor
 
 log = logger(__name__)
 
@@ -24,6 +26,25 @@ def notify(state: str) -> None:
             sock.send(state.encode())
     except OSError as error:
         log.warning("the service manager cannot be told %s: %s", state, error)
+
+
+def notify_reloading() -> None:
+    """Say that the config is read again; READY=1 ends that."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+
+def feed_watchdog(reactor: Reactor) -> None:
+    """Say from now on that the loop turns, twice in the time after which it counts as hung."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    if os.environ.get("WATCHDOG_PID") != str(os.getpid()) or not microseconds.isdecimal():
+        return
+    seconds = int(microseconds) / 2e6
+
+    def feed() -> None:
+        notify("WATCHDOG=1")
+        reactor.call_later(seconds, feed)
+
+    feed()
 
 
 def handed_sockets() -> dict[str, list[socket.socket]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import resource
 import signal
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from reactor.control.demo import demo_disks
 from reactor.control.exporter import Exporter
 from reactor.control.linux import Linux
 from reactor.control.methods import methods
-from reactor.control.notify import handed_sockets
+from reactor.control.notify import feed_watchdog, handed_sockets
 from reactor.control.rpc import RpcServer
 from reactor.control.runtime import RuntimeDir
 from reactor.errors import reason
@@ -27,7 +28,7 @@ from reactor.loop import Reactor
 from reactor.options import Options
 from reactor.spec import DiskSpec
 
-SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 log = logger(__name__)
 
@@ -35,6 +36,7 @@ log = logger(__name__)
 def run(options: Options) -> int:
     """Run the service until it is asked to stop; returns the exit status."""
     setproctitle("nbd-reactor: controller")
+    faulthandler.enable()  # a watchdog's SIGABRT shows where it hung
     # Blocked until the loop can take them, and again when it is gone: an orderly stop is the only
     # way that they end this process.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -63,6 +65,7 @@ def run(options: Options) -> int:
         if options.metrics is not None:
             opened.callback(Exporter(reactor, options.metrics, controller).close)
         _take_signals(reactor, controller)
+        feed_watchdog(reactor)
         controller.begin(saved, specs)
         leftovers.report(runtime.instance, {disk.spec.name for disk in controller.disks()})
         reactor.run()
@@ -83,6 +86,7 @@ def _read_config(options: Options) -> tuple[DiskSpec, ...] | None:
 def _take_signals(reactor: Reactor, controller: Controller) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         reactor.add_signal(number, controller.shut_down)
+    reactor.add_signal(signal.SIGUSR1, lambda: controller.shut_down(keep=True))
     reactor.add_signal(signal.SIGHUP, lambda: controller.reload(_log_reload))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
