@@ -82,9 +82,7 @@ def await_next_controller(machine: Machine, before: int) -> None:
 def test_the_files_have_no_problems(machine: Machine) -> None:
     units = "/etc/systemd/system/nbd-reactor.service /etc/systemd/system/nbd-reactor@.service"
     assert machine.run(f"systemd-analyze verify --man=no {units} 2>&1") == ""
-    assert machine.run("journalctl -b -u systemd-udevd -g 60-nbd-reactor -o cat || true") == (
-        "-- No entries --"
-    )
+    assert machine.run("journalctl -b -u systemd-udevd -g 60-nbd-reactor -o cat || true") == ""
 
 
 def test_the_documented_exposure_is_what_systemd_says(machine: Machine) -> None:
@@ -223,7 +221,7 @@ def test_a_file_system_of_fstab_survives_restarts_and_reboots(running: Machine) 
     running.reboot()
     assert running.run("findmnt -no SOURCE /srv/vm1; cat /srv/vm1/file").split()[1:] == ["again"]
     recovered = "journalctl -b -k -g 'recover|error count' -o cat || true"
-    assert running.run(recovered) == "-- No entries --"  # it was unmounted in time
+    assert running.run(recovered) == ""  # it was unmounted in time
 
 
 def test_stop_leaves_nothing(running: Machine) -> None:
