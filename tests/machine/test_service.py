@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,10 +115,16 @@ def test_a_stopped_disk_loses_its_name_and_gets_it_back(running: Machine) -> Non
 
 
 def test_partitions_have_names_too(running: Machine) -> None:
-    running.run("echo ',8M' | sfdisk --quiet /dev/disk/by-nbd/wide && udevadm settle")
+    entry = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", 2048, 16384)  # 8 MiB from 1 MiB on
+    table = bytes(446) + entry + bytes(48) + b"\x55\xaa"
+    write = f"bytes.fromhex('{table.hex()}')"
+    running.run(
+        f"python3 -c \"open('/dev/disk/by-nbd/wide', 'r+b').write({write})\""
+        " && blockdev --rereadpt /dev/disk/by-nbd/wide && udevadm settle"
+    )
     assert running.run("readlink -f /dev/disk/by-nbd/wide-part1") == "/dev/nbd7p1"
-    running.run("sfdisk --quiet --delete /dev/disk/by-nbd/wide && udevadm settle")
-    running.run("! test -e /dev/disk/by-nbd/wide-part1")
+    running.run("wipefs -qa /dev/disk/by-nbd/wide && blockdev --rereadpt /dev/disk/by-nbd/wide")
+    running.run("udevadm settle && ! test -e /dev/disk/by-nbd/wide-part1")
 
 
 def test_everything_works_inside_the_sandbox(running: Machine) -> None:
@@ -173,7 +180,7 @@ def test_a_hung_controller_is_replaced_by_the_watchdog(under_load: Machine) -> N
 
 
 def test_reload_says_what_is_refused_and_ends_when_it_is_done(running: Machine) -> None:
-    running.write("/etc/nbd-reactor/disks.yaml", DISKS.replace("64MiB, direct", "64Mib, direct"))
+    running.write("/etc/nbd-reactor/disks.yaml", DISKS.replace("direct: true", "direct: perhaps"))
     assert not running.succeeds("systemctl reload nbd-reactor")
     assert "nothing is changed" not in running.run("systemctl show -P StatusText nbd-reactor")
     running.write(
