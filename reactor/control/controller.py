@@ -10,6 +10,7 @@ from socket import socket
 from typing import Final
 
 from backends import registry
+from reactor.control.demo import tell_where
 from reactor.control.disk import DiskControl, Host
 from reactor.control.leftovers import LeftDevices
 from reactor.control.notify import notify, notify_reloading
@@ -389,14 +390,9 @@ class Controller:
             line += f"; failed: {', '.join(failed)}"
         notify(f"READY=1\nSTATUS={line}")
         if first:
-            self._tell_ready(line)
-
-    def _tell_ready(self, line: str) -> None:
-        tell(line)
-        for disk in self._disks.values() if self._options.demo else ():
-            addresses = [str(address) for address in disk.spec.listen]
-            where = " and ".join([disk.path, *addresses] if disk.path else addresses)
-            tell(f"disk {disk.spec.name}: {where}")
+            tell(line)
+        if first and self._options.demo:
+            tell_where(self.disks())
 
     def _tick(self) -> None:
         self.reactor.call_later(TICK_SECONDS, self._tick)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from reactor.control.service import DiskStatus
+from reactor.log import tell
 from reactor.spec import Address, DiskSpec
 
 DEMO_BYTES: Final = 256 << 20
@@ -29,6 +32,14 @@ def demo_disks(runtime_dir: Path) -> tuple[DiskSpec, ...]:
         )
         for name, (backend, backend_options) in options.items()
     )
+
+
+def tell_where(disks: Iterable[DiskStatus]) -> None:
+    """Say on which device and sockets each disk is served."""
+    for disk in disks:
+        addresses = [str(address) for address in disk.spec.listen]
+        where = " and ".join([disk.device, *addresses] if disk.device else addresses)
+        tell(f"disk {disk.spec.name}: {where}")
 
 
 def _can_attach() -> bool:
