@@ -10,12 +10,12 @@ from socket import socket
 from typing import Final
 
 from backends import registry
-from reactor.control.demo import tell_where
 from reactor.control.disk import DiskControl, Host
 from reactor.control.leftovers import LeftDevices
 from reactor.control.notify import notify, notify_reloading
 from reactor.control.plan import Machine, Placement, place, place_all
 from reactor.control.platform import Platform
+from reactor.control.readiness import tell_ready
 from reactor.control.saved import SavedState, Wish, reconfigured, wishes_at_start
 from reactor.control.service import DiskStatus, Done, WorkerStatus
 from reactor.control.workers import WorkerProcess, counters
@@ -375,8 +375,7 @@ class Controller:
         if self._stopping or not settled or (self._ready and not self._reloading):
             return
         first, self._ready, self._reloading = not self._ready, True, False
-        states = {disk.spec.name: disk.state for disk in self._disks.values()}
-        failed = [name for name, state in states.items() if state == "failed"]
+        failed = [name for name, disk in self._disks.items() if disk.state == "failed"]
         if first and failed and self._options.strict:
             tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")
             self.exit_status = 1
@@ -384,15 +383,7 @@ class Controller:
             self.keeps = self.keeps or self._took_over
             self.shut_down()
             return
-        online = sum(state == "online" for state in states.values())
-        line = f"ready: {online} of {len(self._disks)} disks on {len(self._workers)} workers"
-        if failed:
-            line += f"; failed: {', '.join(failed)}"
-        notify(f"READY=1\nSTATUS={line}")
-        if first:
-            tell(line)
-        if first and self._options.demo:
-            tell_where(self.disks())
+        tell_ready(self.disks(), len(self._workers), first=first, demo=self._options.demo)
 
     def _tick(self) -> None:
         self.reactor.call_later(TICK_SECONDS, self._tick)
