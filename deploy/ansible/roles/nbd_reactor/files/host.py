@@ -1,32 +1,91 @@
-"""What the role must know of a host before it changes anything. Looks only; prints JSON.
+"""What the role asks of a host, each in one step; prints JSON.
 
-host.py occupied DEVICE...   what others do with these devices: [line, ...]
-host.py used                 what uses devices of the service: [line, ...]
-host.py releases             releases that processes run from: {release: [process, ...]}
-host.py missing DIRECTORY... those that are not there: [directory, ...]
+host.py preflight DEVICES DIRECTORIES   {"python": version, "problems": [line, ...]}
+host.py place PREFIX FILES LINKS MODE   [path, ...] that it changed, or with MODE check would
+host.py used                            what uses devices of the service: [line, ...]
+host.py releases                        what runs: {release: [process, ...]}
+host.py old CURRENT KEPT                releases that can go: [path, ...]
+
+DEVICES and DIRECTORIES are JSON lists, FILES and LINKS JSON objects: target to source.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import platform
 import re
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 BLOCK = Path("/sys/block")
 INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
 UNIT = "/nbd-reactor.service"
+RELEASES = Path("/opt/nbd-reactor/releases")
 RELEASE = re.compile(rb" /opt/nbd-reactor/releases/([^/\n]+)/")
 
 
-def occupied(*devices: str) -> list[str]:
-    """Return a line for every device that is attached by something else than the service."""
-    return [
-        f"{device} is attached by {owner(Path(device).name) or 'another program'}"
-        for device in devices
-        if is_attached(Path(device).name) and not is_ours(Path(device).name)
+def preflight(devices: str, directories: str) -> dict[str, object]:
+    """Return Python's version, and a line for each reason why the host cannot have it."""
+    problems = []
+    version = platform.python_version()
+    if sys.version_info < (3, 11) or not (has("ensurepip") and has("venv")):
+        problems.append(
+            f"{sys.executable} is Python {version}: 3.11 or later with its module venv is needed"
+            " (Debian: apt-get install python3-venv); name another in nbd_reactor_python"
+        )
+    driver = ["/sbin/modprobe", "--dry-run", "nbd"]
+    if subprocess.run(driver, capture_output=True, check=False).returncode != 0:
+        problems.append(
+            f"the kernel {platform.release()} has no module nbd: install it (Ubuntu: "
+            f"linux-modules-extra-{platform.release()}, Fedora: kernel-modules-extra), or reboot if"
+            " the kernel was upgraded"
+        )
+    for name in (Path(device).name for device in json.loads(devices)):
+        if is_attached(name) and not is_ours(name):
+            tag = owner(name) or "another program"
+            problems.append(f"/dev/{name} is attached by {tag}: choose another, or detach it")
+    problems += [
+        f"{directory} is not a directory: make or mount it"
+        for directory in json.loads(directories)
+        if not Path(directory).is_dir()
     ]
+    return {"python": version, "problems": problems}
+
+
+def place(prefix: str, files: str, links: str, mode: str) -> list[str]:
+    """Copy and link what a release has for the host; return the targets that were not so."""
+    changed = []
+    for target, source in json.loads(links).items():
+        if not (Path(target).is_symlink() and str(Path(target).readlink()) == source):
+            changed.append(target)
+            if mode != "check":
+                replace(Path(target), lambda new, source=source: new.symlink_to(source))
+    for target, source in json.loads(files).items():
+        content = read(Path(prefix, source))
+        if read(Path(target)) != content:
+            changed.append(target)
+            if mode != "check":
+                replace(Path(target), lambda new, content=content: write(new, content))
+    return changed
+
+
+def replace(target: Path, make: Callable[[Path], object]) -> None:
+    """Make a file beside the target, and put it in its place in one step."""
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    new = target.with_name(f".{target.name}.new")
+    new.unlink(missing_ok=True)
+    make(new)
+    new.replace(target)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file that all may read."""
+    path.write_bytes(content)
+    path.chmod(0o644)
 
 
 def used() -> list[str]:
@@ -47,9 +106,17 @@ def releases() -> dict[str, list[str]]:
     return found
 
 
-def missing(*directories: str) -> list[str]:
-    """Return those of the directories that are not there."""
-    return [directory for directory in directories if not Path(directory).is_dir()]
+def old(current: str, kept: str) -> list[str]:
+    """Return the releases beside `current` that are not among the `kept` youngest, nor used."""
+    marks = sorted(RELEASES.glob("*/installed"), key=lambda mark: mark.stat().st_mtime)
+    others = [mark.parent for mark in reversed(marks) if mark.parent != Path(current).resolve()]
+    used_now = releases()
+    return [str(path) for path in others[int(kept) :] if path.name not in used_now]
+
+
+def has(module: str) -> bool:
+    """Whether Python has the module; Debian has some in packages of their own."""
+    return importlib.util.find_spec(module) is not None
 
 
 def is_attached(name: str) -> bool:
@@ -106,5 +173,11 @@ def read(path: Path) -> bytes:
 if __name__ == "__main__":
     if os.geteuid() != 0:
         sys.exit("root is needed: run the play with become: true")
-    questions = {"occupied": occupied, "used": used, "releases": releases, "missing": missing}
-    print(json.dumps(questions[sys.argv[1]](*sys.argv[2:])))
+    steps: dict[str, Callable[..., object]] = {
+        "preflight": preflight,
+        "place": place,
+        "used": used,
+        "releases": releases,
+        "old": old,
+    }
+    print(json.dumps(steps[sys.argv[1]](*sys.argv[2:])))
