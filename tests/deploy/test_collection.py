@@ -1,0 +1,91 @@
+"""The Ansible collection: clean by its own tools, and whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+COLLECTION = Path(__file__).parents[2] / "deploy/ansible"
+ROLE = COLLECTION / "roles/nbd_reactor"
+PLAYBOOKS = sorted((COLLECTION / "playbooks").glob("*.yml"))
+BIN = Path(sys.executable).parent
+
+
+def run(*words: str | Path, home: Path) -> str:
+    """Run a command of Ansible's in the collection, with nothing of this user's settings."""
+    environment = os.environ | {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "HOME": str(home),
+        "ANSIBLE_HOME": str(home / "ansible"),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "NO_COLOR": "1",
+    }
+    done = subprocess.run(
+        [BIN / words[0], *words[1:]],
+        cwd=COLLECTION,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_linter_has_no_complaint(tmp_path: Path) -> None:
+    run("ansible-lint", "--offline", "--strict", "--profile", "production", home=tmp_path)
+
+
+@pytest.mark.parametrize("playbook", PLAYBOOKS, ids=lambda path: path.stem)
+def test_playbooks_have_no_syntax_error(playbook: Path, tmp_path: Path) -> None:
+    run("ansible-playbook", "--syntax-check", playbook, home=tmp_path)
+
+
+def test_the_readme_names_every_playbook() -> None:
+    text = (COLLECTION / "README.md").read_text()
+    assert PLAYBOOKS
+    assert not [path.stem for path in PLAYBOOKS if f"| `{path.stem}` |" not in text]
+
+
+def test_the_specification_says_what_the_defaults_are() -> None:
+    specification = load(ROLE / "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+    said = {name: option["default"] for name, option in specification.items()}
+    assert said == load(ROLE / "defaults/main.yml")
+    assert not [name for name, option in specification.items() if not option["description"]]
+
+
+def test_the_example_is_a_config_without_problems(tmp_path: Path) -> None:
+    example = load(COLLECTION / "inventory/group_vars/nbd_reactor.yml")
+    config = tmp_path / "disks.yaml"
+    keys = {"defaults": example["nbd_reactor_defaults"], "disks": example["nbd_reactor_disks"]}
+    config.write_text(yaml.safe_dump(keys))
+    command = [sys.executable, "-m", "reactor", "--check", "--config", config]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_the_collection_holds_the_role_and_the_playbooks(tmp_path: Path) -> None:
+    run("ansible-galaxy", "collection", "build", "--output-path", tmp_path, home=tmp_path)
+    (package,) = tmp_path.glob("nbd_reactor-nbd_reactor-*.tar.gz")
+    with tarfile.open(package) as archive:
+        names = {member.name for member in archive if member.isfile()}
+    role = [path for path in ROLE.rglob("*") if path.is_file()]
+    wanted = [*role, *PLAYBOOKS, COLLECTION / "meta/runtime.yml"]
+    names_wanted = {str(path.relative_to(COLLECTION)) for path in wanted} | {"CHANGELOG.md"}
+    assert not names_wanted - names
+    assert not [name for name in names if name.endswith((".pyc", ".retry"))]
+    run("ansible-galaxy", "collection", "install", "--offline", package, home=tmp_path)
+    installed = run(
+        *("ansible-doc", "--type", "role", "nbd_reactor.nbd_reactor.nbd_reactor"), home=tmp_path
+    )
+    assert "nbd_reactor_state" in installed
+
+
+def load(path: Path) -> dict:
+    return yaml.safe_load(path.read_text())

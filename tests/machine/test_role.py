@@ -1,0 +1,132 @@
+"""The life of a host: installed, booted, upgraded under load, gone back, removed. In this order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.machine.machine import Machine
+from tests.machine.operator import Operator, changes
+
+LONG = pytest.mark.timeout(1800)
+MOUNT = "/srv/data"
+DISKS = {
+    "data": {
+        "backend": "file",
+        "path": "/srv/images/data.img",
+        "size": "64MiB",
+        "device": "/dev/nbd0",
+    },
+    "raw": {"backend": "malloc", "size": "32MiB", "device": "/dev/nbd1"},
+}
+#: Verifies again and again what it wrote, slowly, until it is told to stop or finds an error.
+LOAD = """\
+set -e
+while [ ! -e /run/load-stop ]; do
+    fio --name=load --filename=/dev/disk/by-nbd/raw --rw=randwrite --bs=16k --size=8m \
+        --ioengine=libaio --iodepth=4 --direct=1 --rate_iops=40 --verify=crc32c --verify_fatal=1
+done
+"""
+#: All that an installation could leave, without what a host that lives changes by itself.
+LISTING = """\
+find / -xdev \\( -path /proc -o -path /sys -o -path /tmp -o -path /var/tmp -o -path /var/log \
+    -o -path /var/cache -o -path /root -o -path /var/lib/systemd \\) -prune -o -print
+find /dev/shm /run/nbd-reactor* /run/systemd/system /run/tmpfiles.d 2>/dev/null
+systemctl list-unit-files --no-legend; getent passwd; getent group
+ps -eo args | grep '[n]bd-reactor'
+"""
+CONTENT = "find /etc /opt -type f -exec sha256sum {} + ; find /etc /opt -type l -printf '%p %l\\n'"
+
+
+@pytest.fixture(scope="module")
+def operator(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Operator:
+    operator = Operator(machine, tmp_path_factory.mktemp("operator"))
+    operator.variables["nbd_reactor_disks"] = DISKS
+    operator.variables["nbd_reactor_options"] = ["--cores=0-1"]
+    machine.run("mkdir -p /srv/images")
+    return operator
+
+
+@pytest.fixture(scope="module")
+def bare(operator: Operator, machine: Machine) -> str:
+    return machine.run(LISTING)
+
+
+@LONG
+def test_check_mode_on_a_fresh_host_foretells_and_changes_nothing(
+    operator: Operator, machine: Machine, bare: str
+) -> None:
+    said = operator.play("install", "--check")
+    assert changes(said) > 0
+    assert "path: /srv/images/data.img" in said
+    assert machine.run(LISTING) == bare
+
+
+@LONG
+def test_a_disk_is_installed_and_carries_a_file_system_through_a_reboot(
+    operator: Operator, machine: Machine, bare: str
+) -> None:
+    disk = ("-e", "add_disk_name=data", "-e", f"add_disk_at={MOUNT}")
+    assert changes(operator.play("add_disk", *disk)) > 0
+    assert changes(operator.play("add_disk", *disk)) == 0
+    machine.run(f"echo kept >{MOUNT}/file && sync")
+    machine.reboot()
+    assert machine.run(f"findmnt -no FSTYPE,SOURCE {MOUNT}").split() == ["ext4", "/dev/nbd0"]
+    assert machine.run(f"cat {MOUNT}/file") == "kept"
+    assert machine.run("nbd-reactor --version; man -w nbd-reactor") != ""
+
+
+@LONG
+def test_bad_disks_are_refused_before_anything_changes(
+    operator: Operator, machine: Machine
+) -> None:
+    before = machine.run(CONTENT)
+    bad = {**DISKS, "raw": {**DISKS["raw"], "size": "32 apples"}}
+    said = operator.play(
+        "install", fails=True, nbd_reactor_disks=bad, nbd_reactor_wheel=str(operator.new)
+    )
+    assert "disks.raw.size" in said
+    assert machine.run(CONTENT) == before
+
+
+@pytest.fixture
+def load(machine: Machine) -> Iterator[None]:
+    """fio writes and verifies all the time; without an error, or the test fails."""
+    machine.write("/run/load", LOAD)
+    machine.run("dmesg --clear; systemd-run --quiet --unit=load --remain-after-exit bash /run/load")
+    yield
+    machine.run("touch /run/load-stop")
+    machine.await_success("test $(systemctl show -P SubState load) != running")
+    assert machine.run("systemctl show -P Result load") == "success"
+    assert machine.run("dmesg | grep -i 'I/O error' || true") == ""
+    machine.run("systemctl stop load; rm /run/load /run/load-stop")
+
+
+@LONG
+def test_upgrade_and_way_back_under_load(
+    operator: Operator, machine: Machine, load: None
+) -> None:
+    running = "nbd-reactorctl status | head -n 1"
+    old = machine.run("basename $(readlink /opt/nbd-reactor/current)")
+    assert old.startswith("1.0.1-")
+    operator.play("upgrade", nbd_reactor_wheel=str(operator.new))
+    assert "nbd-reactor 1.0.2" in machine.run(running)
+    said = operator.play("install", "--check", nbd_reactor_wheel=str(operator.new))
+    assert changes(said) == 0
+    operator.play("upgrade", "-e", f"nbd_reactor_release={old}")
+    assert "nbd-reactor 1.0.1" in machine.run(running)
+    assert machine.run("systemctl is-active load") == "active"
+
+
+@LONG
+def test_removal_is_refused_in_use_and_leaves_nothing(
+    operator: Operator, machine: Machine, bare: str
+) -> None:
+    assert f"mounted at {MOUNT}" in operator.play("uninstall", fails=True)
+    machine.run(f"umount {MOUNT}; sed -i /by-nbd/d /etc/fstab; rmdir {MOUNT}; rm -r /srv/images/*")
+    machine.run("systemctl daemon-reload")
+    operator.play("uninstall", nbd_reactor_remove_images=True)
+    left = set(machine.run(LISTING).splitlines()) - set(bare.splitlines())
+    assert not left
+    assert changes(operator.play("uninstall", nbd_reactor_remove_images=True)) == 0
