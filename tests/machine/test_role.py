@@ -83,9 +83,7 @@ def test_bad_disks_are_refused_before_anything_changes(
 ) -> None:
     before = machine.run(CONTENT)
     bad = {**DISKS, "raw": {**DISKS["raw"], "size": "32 apples"}}
-    said = operator.play(
-        "install", fails=True, nbd_reactor_disks=bad, nbd_reactor_wheel=str(operator.new)
-    )
+    said = operator.play("install", fails=True, nbd_reactor_disks=bad)
     assert "disks.raw.size" in said
     assert machine.run(CONTENT) == before
 
@@ -104,9 +102,7 @@ def load(machine: Machine) -> Iterator[None]:
 
 
 @LONG
-def test_upgrade_and_way_back_under_load(
-    operator: Operator, machine: Machine, load: None
-) -> None:
+def test_upgrade_and_way_back_under_load(operator: Operator, machine: Machine, load: None) -> None:
     running = "nbd-reactorctl status | head -n 1"
     old = machine.run("basename $(readlink /opt/nbd-reactor/current)")
     assert old.startswith("1.0.1-")
