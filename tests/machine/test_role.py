@@ -32,7 +32,8 @@ done
 #: All that an installation could leave, without what a host that lives changes by itself.
 LISTING = """\
 find / -xdev \\( -path /proc -o -path /sys -o -path /tmp -o -path /var/tmp -o -path /var/log \
-    -o -path /var/cache -o -path /root -o -path /var/lib/systemd -o -name __pycache__ \\) -prune -o -print
+    -o -path /var/cache -o -path /root -o -path /var/lib/systemd -o -name __pycache__ \\) \
+    -prune -o -print
 find /dev/shm /run/nbd-reactor* /run/systemd/system /run/tmpfiles.d 2>/dev/null
 systemctl list-unit-files --no-legend; getent passwd; getent group
 ps -eo args | grep '[n]bd-reactor'
