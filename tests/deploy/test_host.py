@@ -1,0 +1,79 @@
+"""What the role's script says of a host, and does to it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "deploy/ansible/roles/nbd_reactor/files/host.py"
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, with a /sys and releases in `tmp_path`."""
+    specification = importlib.util.spec_from_file_location("host", SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # else the collection would hold it
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    for name in ("block", "releases"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(module, name.upper(), tmp_path / name)
+    monkeypatch.setattr(module, "INSTANCE", tmp_path / "instance")
+    (tmp_path / "instance").write_text("0123abcd\n")
+    return module
+
+
+def attach(host: ModuleType, name: str, tag: str) -> None:
+    device = host.BLOCK / name
+    device.mkdir()
+    (device / "pid").write_text("1\n")
+    (device / "backend").write_text(f"{tag}\n")
+
+
+def test_devices_of_others_and_missing_directories_are_problems(
+    host: ModuleType, tmp_path: Path
+) -> None:
+    attach(host, "nbd0", "nbd-reactor:0123abcd:data")
+    attach(host, "nbd1", "nbd-reactor:another0:data")
+    devices = [f"/dev/nbd{index}" for index in range(3)]
+    directories = [str(tmp_path), str(tmp_path / "nothing")]
+    said = host.preflight(json.dumps(devices), json.dumps(directories))["problems"]
+    about = [line for line in said if "no module nbd" not in line]  # of this very kernel
+    assert [line.split()[0] for line in about] == ["/dev/nbd1", str(tmp_path / "nothing")]
+
+
+def test_files_and_links_are_placed_once(host: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "unit").write_text("first")
+    files = json.dumps({str(tmp_path / "etc/system/unit"): "unit"})
+    links = json.dumps({str(tmp_path / "sbin/program"): "/opt/program"})
+    both = [str(tmp_path / "sbin/program"), str(tmp_path / "etc/system/unit")]
+    arguments = (str(tmp_path), files, links)
+    assert host.place(*arguments, "check") == both
+    assert not (tmp_path / "sbin").exists()
+    assert host.place(*arguments, "change") == both
+    assert host.place(*arguments, "change") == []
+    (tmp_path / "unit").write_text("second")
+    assert host.place(*arguments, "change") == both[1:]
+    assert (tmp_path / "etc/system/unit").read_text() == "second"
+    assert (tmp_path / "etc/system/unit").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "sbin/program").readlink() == Path("/opt/program")
+
+
+def test_old_releases_are_those_beside_the_current_and_the_youngest(host: ModuleType) -> None:
+    for age, name in enumerate(("current", "young", "old", "older")):
+        (host.RELEASES / name).mkdir()
+        mark = host.RELEASES / name / "installed"
+        mark.touch()
+        os.utime(mark, (1000 - age, 1000 - age))
+    (host.RELEASES / "unfinished").mkdir()
+    current = str(host.RELEASES / "current")
+    assert [Path(path).name for path in host.old(current, "1")] == ["old", "older"]
+    assert host.old(current, "3") == []
