@@ -203,6 +203,9 @@ class Disk(ABC):
         self.block_size = block_size
         self.readonly = readonly
         self.made = False  # it did not exist before, so that `discard` loses nothing
+        #: The open file that all I/O to the data goes through, and whose locks last as long as
+        #: that: by it the workers that share the disk keep out of each other's way.
+        self.fd: int | None = None
         self._descriptors: list[Descriptor] = []
 
     @abstractmethod

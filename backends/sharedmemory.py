@@ -86,7 +86,7 @@ class SharedMemory:
         self._path = path
         self._shared = shared
         self._digest = hashlib.sha256(identity).digest()
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         self.made = False  # it held no disk before
         try:
             self._claim()
@@ -105,7 +105,7 @@ class SharedMemory:
         except OSError as error:
             if self.made:
                 path.unlink(missing_ok=True)
-            os.close(self._fd)
+            os.close(self.fd)
             text = error.strerror or ""
             named = text if str(path) in text else f"{path}: {text}"
             raise OSError(error.errno, named) from error
@@ -114,11 +114,11 @@ class SharedMemory:
         """Let go; the memory itself stays. Views that were given out keep their mapping alive."""
         self.data = self.backed = memoryview(b"")
         del self._mapping
-        os.close(self._fd)
+        os.close(self.fd)
 
     def read(self, offset: int, length: int) -> bytes:
         """Read where holes may be; a mapped read would fill them with memory."""
-        return os.pread(self._fd, length, DATA + offset)
+        return os.pread(self.fd, length, DATA + offset)
 
     def is_backed(self, begin: int, end: int) -> bool:
         """Return whether `begin..end` has no holes."""
@@ -134,7 +134,7 @@ class SharedMemory:
         # once: then they are not marked.
         alone = self._lock(fcntl.F_WRLCK, first, last)
         try:
-            os.posix_fallocate(self._fd, start, length)
+            os.posix_fallocate(self.fd, start, length)
             if alone:
                 self._mapping[MAP + first : MAP + last] = b"\1" * (last - first)
         finally:
@@ -209,19 +209,17 @@ class SharedMemory:
     def map(self, size: int) -> None:
         """Show `size` bytes, which the disk has."""
         # The old mapping, if any, lives as long as a view of it.
-        self._mapping = mmap.mmap(self._fd, os.fstat(self._fd).st_size)
+        self._mapping = mmap.mmap(self.fd, os.fstat(self.fd).st_size)
         whole = memoryview(self._mapping)
         self.data = whole[DATA : DATA + size]
         self.backed = whole[MAP : MAP + _chunks(size)]
 
     def _claim(self) -> None:
-        status = os.fstat(self._fd)
+        status = os.fstat(self.fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise OSError(errno.EPERM, f"{self._path} is not ours: it exists and is another user's")
         try:
-            fcntl.flock(
-                self._fd, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
-            )
+            fcntl.flock(self.fd, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             message = f"{self._path} is in use by another process"
             raise OSError(errno.EBUSY, message) from None
@@ -229,23 +227,23 @@ class SharedMemory:
     def _lock(self, kind: int, first: int, last: int) -> bool:
         """Keep the chunks from being given memory (F_RDLCK), or from anything else (F_WRLCK)."""
         return not self._shared or lock_range(
-            self._fd, kind, DATA + first * CHUNK, (last - first) * CHUNK
+            self.fd, kind, DATA + first * CHUNK, (last - first) * CHUNK
         )
 
     def _unlock(self, first: int, last: int) -> None:
         if self._shared:
-            unlock_range(self._fd, DATA + first * CHUNK, (last - first) * CHUNK)
+            unlock_range(self.fd, DATA + first * CHUNK, (last - first) * CHUNK)
 
     def _write_zeroes(self, begin: int, end: int) -> None:
         if begin < end:
-            os.pwrite(self._fd, bytes(end - begin), DATA + begin)
+            os.pwrite(self.fd, bytes(end - begin), DATA + begin)
 
     def _size_found(self) -> int | None:
         """Return the size of the disk that the file holds, None when it holds none yet.
 
         Raises OSError when what it holds is not this disk.
         """
-        header = os.pread(self._fd, HEADER.size, 0)
+        header = os.pread(self.fd, HEADER.size, 0)
         if not any(header):  # its maker died before it wrote the header, so before any data
             return None
         found = 0
@@ -258,7 +256,7 @@ class SharedMemory:
                 problem = f"is of version {version}, not {VERSION}"
             elif digest != self._digest:
                 problem = "belongs to another disk"
-            elif os.fstat(self._fd).st_size < DATA + found:
+            elif os.fstat(self.fd).st_size < DATA + found:
                 problem = "is cut short"
         if problem:
             message = f"{self._path} {problem}; remove it if its data may go"
@@ -266,7 +264,7 @@ class SharedMemory:
         return found
 
     def _make(self, size: int) -> None:
-        status = os.statvfs(self._fd)
+        status = os.statvfs(self.fd)
         if size > status.f_bavail * status.f_frsize:
             log.warning("%s: the disk is larger than the free memory there", self._path)
         self._extend(size)
@@ -274,12 +272,12 @@ class SharedMemory:
 
     def _extend(self, size: int) -> None:
         """Make room for a disk of `size` bytes, in whole chunks, and give its map memory."""
-        room = max(os.fstat(self._fd).st_size, DATA + _chunks(size) * CHUNK)
-        os.ftruncate(self._fd, room)
-        os.posix_fallocate(self._fd, MAP, _chunks(size))
+        room = max(os.fstat(self.fd).st_size, DATA + _chunks(size) * CHUNK)
+        os.ftruncate(self.fd, room)
+        os.posix_fallocate(self.fd, MAP, _chunks(size))
 
     def _write_header(self, size: int) -> None:
-        os.pwrite(self._fd, HEADER.pack(MAGIC, VERSION, size, self._digest), 0)
+        os.pwrite(self.fd, HEADER.pack(MAGIC, VERSION, size, self._digest), 0)
 
 
 def _chunks(end: int) -> int:

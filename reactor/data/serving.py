@@ -14,6 +14,7 @@ from backends.emulation import open_channel
 from reactor.data.clientmemory import ClientMemory
 from reactor.data.connection import Connection
 from reactor.data.counters import COUNTERS
+from reactor.data.fence import FencedConnection, Lanes
 from reactor.log import logger
 from reactor.loop import Reactor, Timer
 from reactor.protocol.export import Export
@@ -98,6 +99,10 @@ class ServedDisk:
         except BaseException:
             self.disk.close()
             raise
+        # The kernel sends again what takes longer than `timeout`, and with one connection and none
+        # only what was on a connection that has ended.
+        fenced = not spec.readonly and (spec.connections > 1 or bool(spec.timeout))
+        self._lanes = Lanes(self.disk.fd) if fenced else None
         self.export = Export(
             name=spec.name,
             description=f"{spec.backend} disk",
@@ -132,12 +137,12 @@ class ServedDisk:
             return
         if leash is not None:
             leash.send(b"\1")
-        connection = Connection(
-            *(self._reactor, sock, self.export, self._channel, self._closed),
-            trailing=trailing,
-            resends=generation != 0,
-            memory=None if generation else self._memory,
-        )
+        common = (self._reactor, sock, self.export, self._channel, self._closed)
+        if generation and self._lanes is not None:
+            connection: Connection = FencedConnection(self._lanes, *common)
+        else:
+            resends, memory = generation != 0, None if generation else self._memory
+            connection = Connection(*common, trailing=trailing, resends=resends, memory=memory)
         self._generations[connection] = generation
         if generation:
             self._positions[generation] = position

@@ -42,6 +42,17 @@ class MemoryShortcut:
         self._receiver = receiver
         self._placed: tuple[bytes, int] | None = None  # cookie and length of a write on its way
         self._stopped = False
+        self._bits_place = slice(0)
+        self._bits = b""  # that cookies must have there, if any
+
+    @property
+    def placing(self) -> bool:
+        """Whether a write is on its way into the memory."""
+        return self._placed is not None
+
+    def answer_only(self, place: slice, bits: bytes) -> None:
+        """Leave alone, from now on, what has not these bytes in that place of its cookie."""
+        self._bits_place, self._bits = place, bits
 
     def stop(self) -> None:
         """Answer no more than the write that is on its way."""
@@ -70,6 +81,7 @@ class MemoryShortcut:
         unaligned = export.block_size - 1
         plain_write = b"" if export.readonly else PLAIN_WRITE
         unpack, append = PLAIN_REQUEST.unpack_from, outgoing.buffers.append
+        bits, place = self._bits, self._bits_place
         written: list[bytes] = []  # cookies
         reads = read_bytes = written_bytes = 0
         if self._placed is not None:
@@ -89,6 +101,7 @@ class MemoryShortcut:
                 or not backed[offset >> CHUNK_SHIFT]
                 or not backed[(stop - 1) >> CHUNK_SHIFT]
                 or (length > CHUNK and not memory.is_backed(offset, stop))
+                or (bits and cookie[place] != bits)
             ):
                 break
             if kind == PLAIN_READ:
