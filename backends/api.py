@@ -205,7 +205,7 @@ class Disk(ABC):
         self.made = False  # it did not exist before, so that `discard` loses nothing
         #: The open file that all I/O to the data goes through, and whose locks last as long as
         #: that: by it the workers that share the disk keep out of each other's way.
-        self.fd: int | None = None
+        self.lock_fd: int | None = None
         self._descriptors: list[Descriptor] = []
 
     @abstractmethod

@@ -37,7 +37,7 @@ class FileDisk(Disk):
     def __init__(self, name: str, opened: OpenFile, reactor: Reactor, *, readonly: bool) -> None:
         super().__init__(name, opened.size, opened.block_size, readonly=readonly)
         self.path = opened.path
-        self.fd: int = opened.fd
+        self.fd = self.lock_fd = opened.fd
         self._opened = opened
         self.channels: list[FileChannel] = []
         self._taken = False  # another program seems to have the device

@@ -118,7 +118,7 @@ class MallocDisk(Disk):
         super().__init__(name, size, block_size, readonly=readonly)
         self.made = memory.made
         self.memory = memory
-        self.fd = memory.fd
+        self.lock_fd = memory.fd
 
     def channel(self, reactor: Reactor) -> Channel:
         return MallocChannel(self, reactor)

@@ -22,6 +22,7 @@ _NOT_BACKENDS = {
     "filechannel",
     "filelock",
     "fileopen",
+    "lanes",
     "linux",
     "registry",
     "sharedmemory",

@@ -102,7 +102,7 @@ class ServedDisk:
         # The kernel sends again what takes longer than `timeout`, and with one connection and none
         # only what was on a connection that has ended.
         fenced = not spec.readonly and (spec.connections > 1 or bool(spec.timeout))
-        self._lanes = Lanes(self.disk.fd) if fenced else None
+        self._lanes = Lanes(self.disk.lock_fd) if fenced else None
         self.export = Export(
             name=spec.name,
             description=f"{spec.backend} disk",

@@ -9,6 +9,7 @@ from typing import Self
 from backends.api import DONE, Buffer, Channel, Disk, Holder, Owner, Releasable, Request
 from backends.null import NullDisk
 from reactor.data.connection import Connection
+from reactor.data.fence import FencedConnection, Lanes
 from reactor.loop import Reactor
 from reactor.protocol.export import Export
 from reactor.protocol.wire import NBD_CMD_READ
@@ -102,6 +103,7 @@ class Pump:
         trailing: bytes = b"",
         send_buffer: int | None = None,
         resends: bool = False,
+        lanes: Lanes | None = None,
     ) -> None:
         self.reactor = Reactor("poll")
         self.export = export or make_export(size=disk.size if disk else 1 << 20)
@@ -113,11 +115,11 @@ class Pump:
         if send_buffer is not None:
             served.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.served = served
-        self.connection = Connection(
-            *(self.reactor, served, self.export, self.channel, self._on_closed),
-            trailing=trailing,
-            resends=resends,
-        )
+        common = (self.reactor, served, self.export, self.channel, self._on_closed)
+        if lanes is None:
+            self.connection = Connection(*common, trailing=trailing, resends=resends)
+        else:
+            self.connection = FencedConnection(lanes, *common)
 
     def __enter__(self) -> Self:
         return self
