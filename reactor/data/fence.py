@@ -38,12 +38,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Final
 
-from backends.api import COMMAND, COOKIE, Channel, Request
+from backends.api import Channel, Request
 from backends.lanes import LaneLocks
 from reactor.data.connection import Connection
 from reactor.loop import Reactor, Timer
 from reactor.protocol.export import Export
-from reactor.protocol.wire import NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES
+from reactor.protocol.wire import NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES
 
 LOOK_SECONDS: Final = 0.01  # how often who holds a lane looks whether it can be given up
 WAIT_SECONDS: Final = 0.003  # how often who waits for a lane tries to take it
@@ -168,14 +168,13 @@ class FencedConnection(Connection):
         """Return how many of the first requests may be submitted now."""
         if self._yielding:
             return 0
-        for place, request in enumerate(requests):
-            cookie = request[COOKIE]
-            if (
-                cookie & self._mask != self._bits
-                and request[COMMAND] in CHANGING
-                and not self._has_lane(cookie)
-            ):
+        mask, bits = self._mask, self._bits
+        for place, (command, _, cookie, _, _, _) in enumerate(requests):
+            if command == NBD_CMD_READ or cookie & mask == bits or command not in CHANGING:
+                continue
+            if not self._has_lane(cookie):
                 return place
+            mask, bits = self._mask, self._bits
         return len(requests)
 
     def _has_lane(self, cookie: int) -> bool:
@@ -204,12 +203,12 @@ class FencedConnection(Connection):
         self._bits = cookie & self._mask
         if self._shortcut is not None:
             place = slice(begin, begin + 2)
-            self._shortcut.answer_only(place, cookie.to_bytes(8, "big")[place])
+            self._shortcut.write_only(place, cookie.to_bytes(8, "big")[place])
 
     def _forget_bits(self) -> None:
         self._mask, self._bits = 0, -1
         if self._shortcut is not None:
-            self._shortcut.answer_only(slice(0), b"nothing")
+            self._shortcut.write_only(slice(0), b"nothing")
 
     # --- waiting ---
 

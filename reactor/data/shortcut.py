@@ -43,15 +43,15 @@ class MemoryShortcut:
         self._placed: tuple[bytes, int] | None = None  # cookie and length of a write on its way
         self._stopped = False
         self._bits_place = slice(0)
-        self._bits = b""  # that cookies must have there, if any
+        self._bits = b""  # that a write's cookie must have there, if any
 
     @property
     def placing(self) -> bool:
         """Whether a write is on its way into the memory."""
         return self._placed is not None
 
-    def answer_only(self, place: slice, bits: bytes) -> None:
-        """Leave alone, from now on, what has not these bytes in that place of its cookie."""
+    def write_only(self, place: slice, bits: bytes) -> None:
+        """Leave alone, from now on, writes without these bytes in that place of their cookie."""
         self._bits_place, self._bits = place, bits
 
     def stop(self) -> None:
@@ -101,7 +101,6 @@ class MemoryShortcut:
                 or not backed[offset >> CHUNK_SHIFT]
                 or not backed[(stop - 1) >> CHUNK_SHIFT]
                 or (length > CHUNK and not memory.is_backed(offset, stop))
-                or (bits and cookie[place] != bits)
             ):
                 break
             if kind == PLAIN_READ:
@@ -110,7 +109,7 @@ class MemoryShortcut:
                 append(data[offset:stop])
                 reads += 1
                 read_bytes += length
-            elif kind == plain_write:
+            elif kind == plain_write and (not bits or cookie[place] == bits):
                 payload = begin + HEADER_BYTES
                 if payload + length > end:
                     if self._place(cookie, data[offset:stop], buffer[payload:end]):

@@ -68,8 +68,8 @@ class MemoryChannel(SimpleChannel):
 class Server:
     """The worker's part, in a thread: serves the ends of socket pairs from one memory disk."""
 
-    def __init__(self) -> None:
-        self.disk = Memory()
+    def __init__(self, disk: Memory | None = None) -> None:
+        self.disk = disk or Memory()
         self.flags = FLAGS_ALL
         self._reactor = Reactor("interrupt")
         self._channel = self.disk.channel(self._reactor)
