@@ -99,9 +99,9 @@ class ServedDisk:
         except BaseException:
             self.disk.close()
             raise
-        # The kernel sends again what takes longer than `timeout`, and with one connection and none
-        # only what was on a connection that has ended.
-        fenced = not spec.readonly and (spec.connections > 1 or bool(spec.timeout))
+        # A single connection is only replaced when nothing of it is in flight any more: its worker
+        # tells of its end then, and who opens the disk after a dead one waits for its last I/O.
+        fenced = spec.connections > 1 and not spec.readonly
         self._lanes = Lanes(self.disk.lock_fd) if fenced else None
         self.export = Export(
             name=spec.name,

@@ -147,6 +147,24 @@ def test_what_waits_behind_it_comes_in_order(bed: Bed) -> None:
     assert [payload[0] for *_, payload in held.submitted if payload] == [1, 2, 1, 1, 1]
 
 
+def test_what_waits_for_room_and_then_for_a_lane_comes_in_order(bed: Bed) -> None:
+    first, slow = bed.worker()
+    second, held = bed.worker(room=1)
+    first.send(write(LANE))
+    bed.until(lambda: slow.pending)
+    second.send(write(OTHER, 1) + write(OTHER, 2) + write(LANE, 3) + write(OTHER, 4))
+    for count in (1, 2):
+        bed.until(lambda count=count: len(held.submitted) == count)
+        held.finish_all()
+    bed.a_while()
+    assert len(held.submitted) == 2
+    slow.finish()
+    for count in (3, 4):
+        bed.until(lambda count=count: len(held.submitted) == count)
+        held.finish_all()
+    assert [offset // 512 for _, offset, _, _ in held.submitted] == [1, 2, 3, 4]
+
+
 def test_what_a_stopped_worker_had_not_begun_is_not_begun_later(bed: Bed) -> None:
     """It knows of something to receive, and not yet of the end."""
     stopped, late = bed.worker()
