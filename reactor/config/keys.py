@@ -243,8 +243,8 @@ COMMON: Final[Mapping[str, CommonKey]] = {
     "timeout": CommonKey(
         _WHOLE_SECONDS,
         "seconds after which the kernel fails a request; 0 never. With several connections: after"
-        " which it closes the request's connection and sends it on another, where it waits until the"
-        " first copy has ended",
+        " which it closes the request's connection and sends it on another, where it waits until"
+        " the first copy has ended",
         "0 by netlink, 60 by ioctl; 10 with several connections by netlink",
     ),
     "dead_timeout": CommonKey(
