@@ -262,6 +262,7 @@ class Controller:
     def _change(self, disk: DiskControl, spec: DiskSpec) -> None:
         """Make `disk` what `spec` says: in place if it can be, else by a new disk of its name."""
         if disk.desired == "gone" or not disk.change(spec):
+            log.info("disk %s is stopped, and made anew as the config says now", spec.name)
             self._successors[spec.name] = spec
             disk.want("gone")
 

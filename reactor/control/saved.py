@@ -107,8 +107,9 @@ def wishes_at_start(
 ) -> list[Wish]:
     """Return what the disks should be: those that were saved, and what is new in the config.
 
-    What a worker of the cores `serving` has stays at first as it is; the others become at once what
-    the config says. A disk of the config that is not among those saved was removed at run time:
+    What a worker of the cores `serving` has stays at first as it is; the others listen at once where
+    the config says. All else is changed in order then, as by a reload: the kernel may hold a device
+    that was attached to the old storage, in the old way. A disk of the config that is not among those saved was removed at run time:
     only another config brings it back. Raises OSError when the disks cannot be placed.
     """
     wishes = [_renewed(wish, saved, now, serving, machine) for wish in saved.wishes]
@@ -136,7 +137,7 @@ def _renewed(
     was, before, spec = wish.spec, saved.configured.get(wish.spec.name), now.get(wish.spec.name)
     served = any(core in serving for core in wish.placement.cores)
     if spec is not None and spec != before and wish.desired != "gone" and not served:
-        was = reconfigured(was, before, spec)
+        was = replace(was, listen=spec.listen, core=spec.core)
     if was.core not in (None, *machine.cores):
         was = replace(was, core=None)
     return replace(wish, spec=was)

@@ -134,11 +134,21 @@ def test_a_disk_of_a_core_that_is_gone_moves() -> None:
     assert found.spec == RAM
 
 
-def test_another_number_of_connections_is_another_place() -> None:
-    wide = replace(RAM, connections=2)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(RAM, connections=2),
+        replace(RAM, timeout=5),
+        replace(RAM, dead_timeout=5),
+        replace(RAM, readonly=True),
+        replace(RAM, backend="null"),
+        RAM.with_size(1 << 30),
+    ],
+)
+def test_what_a_held_device_stands_on_is_changed_in_order(changed: DiskSpec) -> None:
+    """Under the device another disk, or other timeouts, must not be slipped."""
     saved = SavedState((wish(RAM),), {}, {"ram": RAM})
-    (found,) = at_start(saved, wide)
-    assert found.placement == Placement(0, (0, 1))
+    assert at_start(saved, changed) == [wish(RAM)]
 
 
 def test_contradictions_are_told() -> None:

@@ -1,0 +1,88 @@
+"""Controllers that start with another config than the one whose devices the kernel still holds."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.running import RunningService
+
+pytestmark = pytest.mark.kernel
+Start = Callable[..., RunningService]
+
+MIB = 1 << 20
+LENGTH = 256 << 10
+
+
+def disk(backend: str, **keys: object) -> str:
+    pairs = {"backend": backend, "device": "/dev/nbd0", **keys}
+    return f"disks:\n  x: {{{', '.join(f'{key}: {value}' for key, value in pairs.items())}}}\n"
+
+
+def end_both(running: RunningService) -> None:
+    workers = running.workers().values()
+    for process in (running.process, *workers):
+        process.kill()
+    running.process.wait()
+
+
+def end_with_keep(running: RunningService) -> None:
+    assert running.stop(signal.SIGUSR1) == 0
+
+
+def end_the_controller(running: RunningService) -> None:
+    running.process.kill()
+    running.process.wait()
+
+
+@pytest.mark.parametrize("end", [end_both, end_with_keep, end_the_controller])
+@pytest.mark.parametrize("options", [(), ("--log-level", "debug")])  # the worker is replaced
+def test_another_file_is_not_slipped_under_a_held_device(
+    service: Start, tmp_path: Path, end: Callable[[RunningService], None], options: tuple[str, ...]
+) -> None:
+    old, new = tmp_path / "old.img", tmp_path / "new.img"
+    for image in (old, new):
+        with image.open("wb") as file:
+            file.truncate(8 * MIB)
+    running = service(disk("file", path=old))
+    device = os.open("/dev/nbd0", os.O_RDWR)
+    try:
+        os.write(device, b"A" * LENGTH)
+        os.fsync(device)
+        os.pwrite(device, b"B" * LENGTH, LENGTH)  # in the page cache, and no farther
+        end(running)
+        again = service(
+            disk("file", path=new), *options, runtime_dir=running.runtime_dir, await_ready=False
+        )
+        again.await_line("disk x is stopped, and made anew as the config says now")
+    finally:
+        os.close(device)
+    again.await_line("ready: 1 of 1 disks")
+    assert again.await_state("x", "online")["device"] == "/dev/nbd0"
+    assert again.stop() == 0
+    assert old.read_bytes()[: 2 * LENGTH] == b"A" * LENGTH + b"B" * LENGTH
+    assert not any(new.read_bytes())
+
+
+def test_memory_whose_disk_has_another_backend_is_removed(service: Start) -> None:
+    running = service(disk("malloc", size="8MiB"))
+    instance = (running.runtime_dir / "instance").read_text().strip()
+    (memory,) = Path("/dev/shm").glob(f"nbd-reactor-{instance}-*")
+    end_both(running)
+    again = service(disk("null", size="8MiB"), runtime_dir=running.runtime_dir)
+    again.await_state("x", "online")
+    assert not memory.exists()
+
+
+def test_other_timeouts_reach_the_kernel(service: Start) -> None:
+    timeout = Path("/sys/block/nbd0/queue/io_timeout")
+    running = service(disk("malloc", size="8MiB", timeout=20))
+    assert timeout.read_text() == "20000\n"
+    end_both(running)
+    again = service(disk("malloc", size="8MiB", timeout=30), runtime_dir=running.runtime_dir)
+    again.await_state("x", "online")
+    assert timeout.read_text() == "30000\n"
