@@ -107,10 +107,11 @@ def wishes_at_start(
 ) -> list[Wish]:
     """Return what the disks should be: those that were saved, and what is new in the config.
 
-    What a worker of the cores `serving` has stays at first as it is; the others listen at once where
-    the config says. All else is changed in order then, as by a reload: the kernel may hold a device
-    that was attached to the old storage, in the old way. A disk of the config that is not among those saved was removed at run time:
-    only another config brings it back. Raises OSError when the disks cannot be placed.
+    What a worker of the cores `serving` has stays at first as it is; the others listen at once
+    where the config says. All else is changed in order then, as by a reload: the kernel may hold a
+    device that was attached to the old storage, in the old way. A disk of the config that is not
+    among those saved was removed at run time: only another config brings it back. Raises OSError
+    when the disks cannot be placed.
     """
     wishes = [_renewed(wish, saved, now, serving, machine) for wish in saved.wishes]
     known = {wish.spec.name for wish in wishes}
