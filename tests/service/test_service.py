@@ -57,7 +57,7 @@ def test_the_service_manager_is_told(
         running = service(ram(tmp_path, "a"))
         assert manager.recv(4096).startswith(b"READY=1")
         running.stop()
-        assert manager.recv(4096) == b"STOPPING=1"
+        assert manager.recv(4096) == b"STOPPING=1\nSTATUS=stopping"
 
 
 def test_a_second_service_on_the_runtime_directory_is_refused(service: Start) -> None:
