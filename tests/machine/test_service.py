@@ -128,7 +128,9 @@ def test_partitions_have_names_too(running: Machine) -> None:
 
 
 def test_everything_works_inside_the_sandbox(running: Machine) -> None:
-    log = running.run("journalctl -b -u nbd-reactor -o cat")
+    invocation = "$(systemctl show -P InvocationID nbd-reactor)"
+    log = running.run(f"journalctl -o cat _SYSTEMD_INVOCATION_ID={invocation}")
+    assert "ready: " in log
     assert "WARNING" not in log
     assert "ERROR" not in log
     running.run(
