@@ -52,8 +52,9 @@ def test_what_was_written_is_written_back_by_the_next_controller(
         detaching.sendall(json.dumps({**request, "params": {"nbd_device": "/dev/nbd0"}}).encode())
         state = running.runtime_dir / "state.json"
         running.await_true(lambda: b'"/dev/nbd0"' not in state.read_bytes())
-        crash(running)
-        worker.resume()
+        running.process.kill()
+        worker.resume()  # a controller that has begun to write back ends no sooner
+        running.process.wait()
         assert attached("/dev/nbd0")
         again = service(runtime_dir=running.runtime_dir)
         again.await_line("/dev/nbd0 is disconnected, but stays in use")
