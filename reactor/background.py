@@ -6,6 +6,7 @@ import _thread
 import errno
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 BEGIN_SECONDS: Final = 1.0
@@ -22,7 +23,8 @@ def start(function: Callable[[], object]) -> None:
     def run() -> None:
         if claim.acquire(blocking=False):
             begun.set()
-            function()
+            with suppress(MemoryError):  # which Python would print the way of
+                function()
 
     try:
         _thread.start_new_thread(run, ())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from backends import registry
 from reactor import background
-from reactor.errors import reason
 from reactor.log import logger
 from reactor.loop import Reactor, Timer
 from reactor.spec import DiskSpec
@@ -34,12 +34,9 @@ def await_storage(reactor: Reactor, spec: DiskSpec, then: Callable[[], None]) ->
             call.function()
 
     def wait() -> None:
-        try:
+        with suppress(Exception):  # opening it will tell
             registry.backend(spec.backend).await_storage(spec.options)
-        except Exception as error:  # noqa: BLE001 - opening it will tell
-            log.debug("disk %s: %s", spec.name, reason(error))
-        finally:
-            reactor.call_from_thread(go_on)
+        reactor.call_from_thread(go_on)
 
     try:
         background.start(wait)

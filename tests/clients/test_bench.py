@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.bench import BENCH, ROOT, bench, path_with
+from tests.descriptors import open_files
 
 RECORD = BENCH / "record.json"
 GOALS = 36
@@ -144,8 +145,9 @@ def test_ours_without_its_controller_is_left_out_and_its_worker_ended(tmp_path: 
         started = psutil.Process(running.pid).children(recursive=True)
         (controller,) = [each for each in started if "controller" in "".join(each.cmdline())]
         (worker,) = controller.children()
-        opened = [str(fd.readlink()) for fd in Path(f"/proc/{worker.pid}/fd").iterdir()]
-        (memory,) = {path for path in opened if path.startswith("/dev/shm/nbd-reactor-")}
+        (memory,) = {
+            path for path in open_files(worker.pid) if path.startswith("/dev/shm/nbd-reactor-")
+        }
         controller.kill()
         said = running.stderr.read()
     assert "nbd-reactor: it has died; left out from here on" in said

@@ -81,8 +81,13 @@ def test_a_kept_device_grows_with_its_disk_and_is_never_cut(
     running.process.terminate()
     assert running.process.wait(60) == 0
     again = service(config.replace("SIZE", str(size)), runtime_dir=running.runtime_dir)
-    again.await_state("ram", "online")
-    assert run("blockdev", "--getsize64", "/dev/nbd0").strip() == str(found * MIB)
+    expected = str(found * MIB)
+    again.await_true(
+        lambda: (
+            run("blockdev", "--getsize64", "/dev/nbd0").strip() == expected
+            and again.rpc("reactor_get_disks")[0]["state"] == "online"
+        )
+    )
     fio_verify("/dev/nbd0", "2M")
 
 

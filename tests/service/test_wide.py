@@ -20,6 +20,7 @@ import pytest
 
 from tests.client import Client
 from tests.commands import ctl
+from tests.descriptors import open_files
 from tests.running import RunningService
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
@@ -71,8 +72,7 @@ def clients_of(tmp_path: Path, worker: psutil.Process) -> int:
         for fields in map(str.split, Path("/proc/net/unix").read_text().splitlines())
         if fields[7:] == [f"{tmp_path}/w.sock"] and fields[5] == "03"
     }
-    links = (fd.readlink() for fd in Path(f"/proc/{worker.pid}/fd").iterdir())
-    return sum(str(link) in connected for link in links)
+    return sum(file in connected for file in open_files(worker.pid))
 
 
 def test_it_is_open_on_both_workers(running: RunningService) -> None:

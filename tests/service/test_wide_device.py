@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.client import Client
+from tests.descriptors import open_files
 from tests.running import RunningService
 
 pytestmark = [
@@ -50,8 +51,7 @@ def running(device: str, service: Start, tmp_path: Path) -> RunningService:
 
 def opens(worker: psutil.Process, device: str) -> int:
     """Return how often a worker has the device open: who claims it, once more."""
-    links = Path(f"/proc/{worker.pid}/fd").iterdir()
-    return sum(str(link.readlink()) == device for link in links)
+    return open_files(worker.pid).count(device)
 
 
 def holder_and_other(running: RunningService, device: str) -> tuple[psutil.Process, psutil.Process]:
