@@ -59,6 +59,7 @@ EVENTS: Final[dict[str, dict[str, type]]] = {
 #: What a worker says of a disk that it has open.
 REPORT: Final[dict[str, type]] = {
     "spec": dict,
+    "shared": bool,  # with other workers, as it was told by `start`
     "leads": bool,
     "members": list,  # as it was told by `start`
     "size": int,

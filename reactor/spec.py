@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from ipaddress import ip_address
 from typing import Any, Final, Literal, TypeAlias
 
@@ -110,10 +112,19 @@ class DiskSpec:
             return self
         return replace(self, options={**self.options, "size": size})
 
+    @property
+    def storage(self) -> dict[str, Any]:
+        """What says which data are meant, whatever size they should have."""
+        return {**self.options, "backend": self.backend, "size": 0}
+
     def same_storage(self, other: DiskSpec) -> bool:
-        """Whether both mean the same data, whatever size it should have."""
-        mine, theirs = ({**spec.options, "size": 0} for spec in (self, other))
-        return self.backend == other.backend and mine == theirs
+        """Whether both mean the same data."""
+        return self.storage == other.storage
+
+    def identity(self) -> str:
+        """Return a digest of what must not change under a device while it is attached."""
+        content = {**self.storage, "readonly": self.readonly, "block_size": self.block_size}
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
     def to_message(self) -> dict[str, Any]:
         """Return the plain map that crosses the bus."""

@@ -18,6 +18,7 @@ from reactor.control.platform import Platform
 from reactor.control.readiness import tell_ready
 from reactor.control.saved import SavedState, Wish, reconfigured, wishes_at_start
 from reactor.control.service import DiskStatus, Done, WorkerStatus
+from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess, counters
 from reactor.control.workforce import Workforce
 from reactor.errors import ReactorError, UsageError, reason
@@ -67,7 +68,7 @@ class Controller:
         self._host = Host(
             platform, self._save, self._on_settled, self._may_attach, self._is_succeeded
         )
-        self._left_devices = LeftDevices(platform, self._host.tag(""), self._step_waiting)
+        self._left_devices = LeftDevices(platform, self._step_waiting)
         self._bus = platform.connect(self._on_event)
         self._workforce = Workforce(
             platform, self._bus, options.cores, self._on_worker, self._on_hello
@@ -107,11 +108,11 @@ class Controller:
                 self._add(replace(wish, former=leaving))
             # With one connection and no timeout a request may take any time.
             patient = wish.spec.connections == 1 and not wish.spec.timeout
-            device = platform.adopt(self._host.tag(name), patient=patient)
+            device = platform.adopt(tag(platform.instance, wish.spec), patient=patient)
             if device is not None:  # also one that it is to leave: in order, and written back
                 self._disks[name].adopt(device)
         self._save()
-        self._left_devices.detach([name for name, disk in self._disks.items() if disk.path])
+        self._left_devices.detach([disk.spec for disk in self._disks.values() if disk.path])
         self._workforce.begin()
         for name, disk in list(self._disks.items()):
             spec, was = now.get(name), before.get(name)

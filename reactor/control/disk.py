@@ -20,7 +20,7 @@ from reactor.control.link import DeviceLink
 from reactor.control.platform import Platform
 from reactor.control.saved import Desired, Wish
 from reactor.control.service import DiskState, DiskStatus, Done
-from reactor.control.shares import Share, Shares, is_served_as
+from reactor.control.shares import Share, Shares
 from reactor.control.workers import WorkerProcess
 from reactor.errors import ReactorError, error_number, reason
 from reactor.log import logger
@@ -44,10 +44,6 @@ class Host:
     on_settled: Callable[[DiskControl], None]  # a disk is what it should be, or failed
     may_attach: Callable[[DiskControl], bool]  # no other disk goes first
     is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage
-
-    def tag(self, disk: str) -> str:
-        """Return the backend identifier under which the kernel holds the disk's device."""
-        return f"nbd-reactor:{self.platform.instance}:{disk}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +282,7 @@ class DiskControl:
         if report is None:
             self._link.found(share, (), asked_ns)
             return True
-        if not is_served_as(DiskSpec.from_message(report["spec"]), self.spec):
+        if not self._shares.are_of(report, self.spec):
             return False
         self._shares.found(share, report)
         self._link.found(share, report["connections"], asked_ns)
@@ -354,7 +350,7 @@ class DiskControl:
                 return
         if device is None:
             if self.spec.device and not shares.closed and self._host.may_attach(self):
-                link.attach(self.spec, self._host.tag(self.spec.name), shares.common_geometry)
+                link.attach(self.spec, shares.common_geometry)
         elif astray:
             self._let_go(device)
             return

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 
 from backends import registry
+from reactor.control import tags
 from reactor.control.link import DETACH_SECONDS
 from reactor.control.platform import Platform
 from reactor.errors import ReactorError, reason
 from reactor.log import logger
+from reactor.spec import DiskSpec
 
 log = logger(__name__)
 
 
 class LeftDevices:
-    """Devices held under a tag of `prefix` and the name of a disk that there is not any more.
+    """Devices of disks that there are not any more, or not as they were.
 
     `on_end` comes after each. A disk of the name that is made meanwhile has to wait for it: under
     one tag only one device is found again.
     """
 
-    def __init__(self, platform: Platform, prefix: str, on_end: Callable[[], None]) -> None:
+    def __init__(self, platform: Platform, on_end: Callable[[], None]) -> None:
         self.disks: set[str] = set()  # whose devices are on their way to be free
         self._platform = platform
-        self._prefix = prefix
         self._on_end = on_end
 
-    def detach(self, claimed: Container[str]) -> None:
-        """Free those but of the disks `claimed`."""
-        for tag in self._platform.held(self._prefix):
-            disk = tag.removeprefix(self._prefix)
-            device = None if disk in claimed else self._platform.adopt(tag)
+    def detach(self, adopted: Iterable[DiskSpec]) -> None:
+        """Free those but of the disks `adopted`."""
+        instance = self._platform.instance
+        claimed = {tags.tag(instance, spec) for spec in adopted}
+        for tag in self._platform.held(tags.prefix(instance)):
+            disk = tags.disk(tag)
+            device = None if tag in claimed else self._platform.adopt(tag)
             if device is not None:
                 log.warning(
                     "%s is detached: it is no device of disk %s any more", device.path, disk

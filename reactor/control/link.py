@@ -13,6 +13,7 @@ from reactor.attach.device import Device
 from reactor.control.errand import Errand
 from reactor.control.platform import Platform
 from reactor.control.shares import ANSWER_SECONDS, DRAIN_SECONDS, Geometry, Share
+from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess
 from reactor.errors import DeviceError, reason
 from reactor.log import logger
@@ -157,7 +158,7 @@ class DeviceLink:
             elif slot.share is share:
                 self._lose(slot)
 
-    def attach(self, spec: DiskSpec, tag: str, geometry: Geometry) -> None:
+    def attach(self, spec: DiskSpec, geometry: Geometry) -> None:
         """Attach what `spec` asks for, and give the workers their ends."""
         wanted = spec.device
         assert wanted is not None
@@ -172,7 +173,7 @@ class DeviceLink:
             return self._platform.attach(
                 wanted,
                 spec.attach,
-                tag=tag,
+                tag=tag(self._platform.instance, spec),
                 size=geometry.size,
                 block_size=geometry.block_size,
                 flags=geometry.flags,

@@ -118,6 +118,18 @@ class Shares:
         return replace(self.geometry, size=min(share.size for share in self.opened))
 
     @property
+    def _shared(self) -> bool:
+        """Whether several workers have it open."""
+        return len(self._all) > 1
+
+    def are_of(self, report: Mapping[str, Any], spec: DiskSpec) -> bool:
+        """Whether a worker has it open as `spec` says, but for its size, and with the others."""
+        served = DiskSpec.from_message(report["spec"])
+        wanted = replace(spec, device=None, listen=served.listen).with_size(0)
+        known = served.with_size(0) == wanted and served.listen in ((), spec.listen)
+        return known and report["shared"] == self._shared
+
+    @property
     def refusing(self) -> bool:
         """Whether some worker refuses I/O."""
         return any(share.refusing for share in self._all)
@@ -183,7 +195,7 @@ class Shares:
             OPEN_SECONDS,
             started,
             spec=(spec if leads else replace(spec, listen=())).to_message(),
-            shared=len(self._all) > 1,
+            shared=self._shared,
             leads=leads,
             members=members if leads else [],
         )
@@ -360,12 +372,6 @@ class Shares:
         else:
             share.opened = True  # it may yet do so: have it stopped
             self._on_failed(DeviceError(errno.ETIMEDOUT, why))
-
-
-def is_served_as(served: DiskSpec, spec: DiskSpec) -> bool:
-    """Whether a worker that serves the one has what the other asks for, but for its size."""
-    wanted = replace(spec, device=None, listen=served.listen).with_size(0)
-    return served.with_size(0) == wanted and served.listen in ((), spec.listen)
 
 
 def _take(_worker: WorkerProcess, _message: Message) -> None:

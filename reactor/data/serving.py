@@ -68,6 +68,7 @@ class ServedDisk:
         memory: ClientMemory | None = None,
     ) -> None:
         self.spec = spec
+        self.shared = shared  # with other workers
         self.leads = False
         self.members: list[int] = []  # cores whose workers get clients from this one, if it leads
         self._reactor = reactor
@@ -200,6 +201,7 @@ class ServedDisk:
             "size": self.export.size,
             "block_size": self.export.block_size,
             "flags": self.export.flags,
+            "shared": self.shared,
             "leads": self.leads,
             "members": self.members,
             "refusing": self._removal is not None,

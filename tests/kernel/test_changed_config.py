@@ -68,6 +68,31 @@ def test_another_file_is_not_slipped_under_a_held_device(
     assert not any(new.read_bytes())
 
 
+def test_a_device_of_another_file_is_not_taken_over_when_the_state_is_lost(
+    service: Start, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old.img", tmp_path / "new.img"
+    old.write_bytes(b"A" * 8 * MIB)
+    new.write_bytes(b"B" * 8 * MIB)
+    running = service(disk("file", path=old))
+    device = os.open("/dev/nbd0", os.O_RDWR)
+    try:
+        end_with_keep(running)
+        (running.runtime_dir / "state.json").unlink()
+        again = service(disk("file", path=new), runtime_dir=running.runtime_dir, await_ready=False)
+        again.await_line("/dev/nbd0 is detached: it is no device of disk x any more")
+        with pytest.raises(OSError, match="Input/output error"):
+            os.read(device, LENGTH)
+    finally:
+        os.close(device)
+    again.await_line("ready: 1 of 1 disks")
+    again.rpc("reactor_start_disk", name="x")
+    again.await_state("x", "online")
+    with Path("/dev/nbd0").open("rb") as device_file:
+        assert device_file.read(LENGTH) == b"B" * LENGTH
+    assert set(old.read_bytes()) == {ord("A")}
+
+
 def test_memory_whose_disk_has_another_backend_is_removed(service: Start) -> None:
     running = service(disk("malloc", size="8MiB"))
     instance = (running.runtime_dir / "instance").read_text().strip()

@@ -74,12 +74,13 @@ class Application:
         self, host: Host, disk: str, on_error: Callable[[str, KernelDevice, int], None]
     ) -> None:
         self.disk = disk
-        self.ledger = Ledger()
+        self.ledgers: defaultdict[str, Ledger] = defaultdict(Ledger)  # by storage
         self.checked = True  # the disk keeps what is written
         self._host = host
         self._world = host.world
         self._on_error = on_error
         self._device: KernelDevice | None = None
+        self._ledger = Ledger()  # of the storage of that
         self._busy: dict[int, None] = {}  # blocks with a request in flight
         self._leaving = False
         self._ended = False
@@ -98,10 +99,16 @@ class Application:
         self._device = None
         self._busy.clear()
         self._leaving = False
-        if keeps:
-            self.ledger.lose_unflushed()
-        else:
-            self.ledger.lose_all()
+        for ledger in self.ledgers.values():
+            if keeps:
+                ledger.lose_unflushed()
+            else:
+                ledger.lose_all()
+
+    def forget(self) -> None:
+        """Expect nothing of its data."""
+        for ledger in self.ledgers.values():
+            ledger.forget()
 
     def finish(self) -> None:
         """Begin nothing more, and leave."""
@@ -121,8 +128,10 @@ class Application:
 
     def _open(self) -> None:
         for device in self._host.driver.devices:
-            if device.serving and device.size and device.disk == self.disk:
+            known = device.storage is not None  # else nobody has read from it, nor can tell
+            if device.serving and device.size and device.disk == self.disk and known:
                 self._device = device
+                self._ledger = self.ledgers[str(device.storage)]
                 device.openers[self] = None
                 return
 
@@ -131,15 +140,17 @@ class Application:
         if not free or self._device is not device or self._leaving:
             return
         block = self._world.random.choice(free)
-        kind: Kind = self._world.random.choice(("write", "write", "read", "flush"))
-        value = self.ledger.begin(block) if kind == "write" else 0
-        covered = dict(self.ledger.acknowledged) if kind == "flush" else {}
+        kinds: tuple[Kind, ...] = ("write", "write", "read", "flush")
+        kind = self._world.random.choice(kinds[2:] if device.readonly else kinds)
+        ledger = self._ledger
+        value = ledger.begin(block) if kind == "write" else 0
+        covered = dict(ledger.acknowledged) if kind == "flush" else {}
         self._busy[block] = None
 
         def done(error: int, found: int) -> None:
             self._done(device, request, error, found)
             if not error:
-                self.ledger.end_flush(covered)
+                ledger.end_flush(covered)
 
         request = Request(kind, block, value, done, cpu=self._world.random.randrange(8))
         device.submit(request)
@@ -148,18 +159,18 @@ class Application:
         block = request.block
         del self._busy[block]
         if request.kind == "write":
-            self.ledger.end(block, request.value, error)
+            self._ledger.end(block, request.value, error)
         elif request.kind == "read" and not error:
-            self.check(block, found, "reads")
+            self.check(self._ledger, block, found, "reads")
         if error and not self._leaving and not self._ended:
             self._world.note("%s: error %d on %s", self, error, device.path)
             self._on_error(self.disk, device, error)
             self._leave()
 
-    def check(self, block: int, found: int, how: str) -> None:
+    def check(self, ledger: Ledger, block: int, found: int, how: str) -> None:
         """Complain of a value that cannot be."""
-        if self.checked and not self.ledger.allows(block, found):
-            expected = self.ledger.acknowledged.get(block, 0)
+        if self.checked and not ledger.allows(block, found):
+            expected = ledger.acknowledged.get(block, 0)
             self._world.violate(
                 f"{self} {how} {found} in block {block}, where {expected} was acknowledged"
             )

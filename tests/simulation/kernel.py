@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 from reactor.errors import DeviceError
+from reactor.protocol.wire import NBD_FLAG_READ_ONLY
 from tests.simulation.causes import Causes
+from tests.simulation.storage import Storage
 from tests.simulation.streams import End, Side
 from tests.simulation.world import Event, World
 
@@ -90,6 +92,8 @@ class KernelDevice:
         self.way: Literal["netlink", "ioctl"] = "netlink"
         self.configured = self.disconnected = False
         self.size = self.block_size = 0
+        self.readonly = False
+        self.storage: Storage | None = None  # from which the first request was answered
         self.sockets: list[Socket] = []
         self.waiting: dict[Request, Event] = {}  # for a live socket
         self.in_flight: dict[Request, None] = {}
@@ -263,6 +267,7 @@ class Driver:
         tag: str,
         size: int,
         block_size: int,
+        flags: int,
         kernel_ends: Sequence[End],
         timeout: int | None,
         dead_timeout: int,
@@ -275,11 +280,12 @@ class Driver:
             self._causes.strike(tag.rpartition(":")[2], in_use)
             raise DeviceError(errno.EBUSY, in_use)
         for other in self.configured():
-            if other.tag == tag and not other.disconnected:
+            if other.disk == tag.rpartition(":")[2] and not other.disconnected:
                 self.world.violate(f"{tag} is attached twice: {other.path} and {found.path}")
         found.configured, found.tag, found.way = True, tag, way
         found.was_ioctl = way == "ioctl"
         found.size, found.block_size = size, block_size
+        found.readonly = bool(flags & NBD_FLAG_READ_ONLY)
         found.dead_timeout = dead_timeout
         if way == "ioctl":
             found.timeout = 60 if timeout is None else timeout

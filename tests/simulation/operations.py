@@ -131,6 +131,9 @@ class Operator:
             # What is left of them is nobody's to remove.
             self._host.store.forgotten.update(self.subjects)
         for subject in self.subjects.values():
+            if self._host.unsaved and subject.backend == "null":
+                # It may have been moved, and no lock keeps it to one worker.
+                self._host.store.forgotten.add(subject.name)
             if subject.at_risk:
                 self._world.note("what disk %s should be was not saved", subject.name)
                 self._host.store.forgotten.add(subject.name)
@@ -159,7 +162,7 @@ class Operator:
 
         self.excuse(subject.name)  # should it fail, it goes again
         if subject.forgets:
-            subject.application.ledger.forget()
+            subject.application.forget()
         done = self._begin(subject, "create", created, failed)
         subject.ends.add("online")
         subject.forget_details()
@@ -298,7 +301,7 @@ class Operator:
         self._stopping = False
         for subject in self.subjects.values():
             if not subject.application.checked and subject.backend != "null":
-                subject.application.ledger.forget()
+                subject.application.forget()
                 subject.application.checked = "gone" not in subject.ends
         if world.chance(0.1):
             self._host.version += 1
@@ -378,7 +381,7 @@ class Operator:
             if name in now:
                 self.excuse(name)
                 if "gone" in subject.ends and subject.forgets:
-                    subject.application.ledger.forget()
+                    subject.application.forget()
                 subject.ends |= {"online"}
             else:
                 subject.ends |= {"gone"}
@@ -387,7 +390,7 @@ class Operator:
         random = self._world.random
         options: dict[str, object] = {"size": random.randint(1, 8) * MIB}
         if subject.backend == "file":
-            options["path"] = f"/images/{subject.name}"
+            options["path"] = random.choice(subject.paths)
         named = f"/dev/nbd{random.randrange(len(self._host.driver.devices))}"
         cores = self._service.options.cores
         return DiskSpec(
@@ -396,6 +399,8 @@ class Operator:
             options,
             device=random.choice((None, "auto", "auto", "auto", named)),
             core=random.choice((None, None, None, *cores)),
+            readonly=random.random() < 0.1,
+            block_size=random.choice((None, None, None, None, 512)),
             connections=random.choice((1, 1, 1, 2, 4)),
             timeout=random.choice((None, None, None, None, 8)),
             dead_timeout=random.choice((600, 600, 600, 600, 60)),

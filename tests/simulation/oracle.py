@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from reactor.control.service import DiskStatus
 from tests.simulation.host import INSTANCE, Host
+from tests.simulation.kernel import SEVERAL_TIMEOUT, KernelDevice
 from tests.simulation.operations import Operator, Subject
 from tests.simulation.service import Service
 
@@ -106,8 +107,10 @@ class Oracle:
             return
         if disk.size > storage.size:
             self._world.violate(f"disk {subject.name} has {disk.size} bytes, its storage less")
-        for block in subject.application.ledger.acknowledged:
-            subject.application.check(block, storage.blocks.get(block, 0), "finds")
+        application = subject.application
+        ledger = application.ledgers[str(storage)]
+        for block in ledger.acknowledged:
+            application.check(ledger, block, storage.blocks.get(block, 0), "finds")
 
     def _check_devices(self, disks: dict[str, DiskStatus]) -> None:
         for device in self._host.driver.configured():
@@ -116,13 +119,23 @@ class Oracle:
             disk = disks.get(device.disk)
             if disk is None or disk.device != device.path:
                 self._world.violate(f"{device.path} is left, of disk {device.disk}")
-            elif disk.state == "online" and device.size != disk.size:
-                self._world.violate(
-                    f"{device.path} has {device.size} bytes, disk {device.disk} {disk.size}"
-                )
+            elif disk.state == "online":
+                self._check_device(device, disk)
         for disk in disks.values():
             if disk.state == "online" and disk.spec.device is not None and disk.device is None:
                 self._world.violate(f"disk {disk.spec.name} is online without a device")
+
+    def _check_device(self, device: KernelDevice, disk: DiskStatus) -> None:
+        spec = disk.spec
+        forgotten = spec.name in self._host.store.forgotten
+        timeout = spec.timeout or (SEVERAL_TIMEOUT if len(device.sockets) > 1 else 0)
+        for what, has, should in (
+            ("bytes", device.size, disk.size),
+            ("seconds a request may take", device.timeout, timeout),
+            ("seconds to wait for us", device.dead_timeout, spec.dead_timeout),
+        ):
+            if has != should and device.way == "netlink" and not forgotten:
+                self._world.violate(f"{device.path} has {has} {what}, disk {spec.name} {should}")
 
     def _check_ends(self) -> None:
         platform = self._service.platform

@@ -154,7 +154,6 @@ class SimulatedPlatform:
         self, device: str, way: str, *, kernel_ends: Sequence[End], **fields: Any
     ) -> SimulatedDevice:
         """Attach a device."""
-        del fields["flags"]
         netlink = way == "netlink" or (way == "auto" and self.host.driver.has_netlink)
         began = self.world.now
         return self._attach(device, kernel_ends, fields, began=began, netlink=netlink)

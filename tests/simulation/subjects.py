@@ -24,6 +24,7 @@ class Subject:
         self.name = name
         self.backend = random.choice(("malloc", "malloc", "file", "null"))
         self.ways: tuple[AttachWay, ...] = random.choice((("auto",), ("auto",), ("ioctl", "auto")))
+        self.paths = random.choice(((f"/{name}",), (f"/{name}", f"/{name}", f"/other/{name}")))
         self.ends: set[str] = {"gone"}  # what it may be in the end
         self.size: int | None = None  # bytes that it must have, None: any
         self.attached: bool | None = None  # it must be on a device, or on none; None: either

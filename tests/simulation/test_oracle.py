@@ -14,11 +14,13 @@ from reactor.control.controller import Controller
 from reactor.control.disk import DiskControl
 from reactor.control.shares import Shares
 from reactor.errors import DeviceError
+from reactor.spec import DiskSpec
 from tests.simulation.devices import NetlinkDevice
 from tests.simulation.platform import SimulatedPlatform
 from tests.simulation.processes import WorkerProcess
 from tests.simulation.scenario import Scenario
 from tests.simulation.storage import Storage
+from tests.simulation.worker import START_TRIES, Worker
 
 SEEDS = 1500
 
@@ -119,6 +121,33 @@ def leave_nothing_as_it_was_found(patch: Patch) -> None:
     patch.setattr(Controller, "_took_over", never, raising=False)
 
 
+def slip_a_config_under_a_device(patch: Patch) -> None:
+    """What the config says now is served to who has the device of before."""
+
+    def renewed(wish: saved.Wish, _: Any, now: dict[str, DiskSpec], *__: Any) -> saved.Wish:
+        return replace(wish, spec=now.get(wish.spec.name, wish.spec))
+
+    patch.setattr(saved, "_renewed", renewed)
+    patch.setattr(DiskSpec, "identity", lambda _: "any")
+
+
+def take_over_whatever_is_below(patch: Patch) -> None:
+    """A device's tag does not say of which storage it is."""
+    patch.setattr(DiskSpec, "identity", lambda _: "any")
+
+
+def share_with_who_does_not(patch: Patch) -> None:
+    """A worker that has a disk for itself is taken for one that shares it."""
+    patch.setattr(Shares, "are_of", lambda *_: True)
+    start = Worker._start
+
+    def started(self: Worker, message: dict[str, Any], tries: int = START_TRIES) -> None:
+        disk = self.disks.get(message["spec"]["name"])
+        start(self, message if disk is None else {**message, "shared": disk.shared}, tries)
+
+    patch.setattr(Worker, "_start", started)
+
+
 def give_workers_up_too_soon(patch: Patch) -> None:
     patch.setattr(workers, "BACKOFF_SECONDS", (0.0, 0.1))
 
@@ -146,6 +175,9 @@ def fail_without_cause(patch: Patch) -> None:
         (flush_nothing, "was acknowledged"),
         (acknowledge_before_it_lands, "was acknowledged"),
         (leave_nothing_as_it_was_found, "an I/O error|was acknowledged|kept: False"),
+        (slip_a_config_under_a_device, "passes from"),
+        (take_over_whatever_is_below, "passes from"),
+        (share_with_who_does_not, "did not answer start"),
         (give_workers_up_too_soon, "keeps dying|without need"),
         (fail_without_cause, "lost its connection 2 times"),
     ],

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from reactor.errors import reason
 from reactor.messages import Message
-from reactor.protocol.wire import NBD_FLAG_CAN_MULTI_CONN, NBD_FLAG_HAS_FLAGS, NBD_FLAG_SEND_FLUSH
+from reactor.protocol.wire import (
+    NBD_FLAG_CAN_MULTI_CONN,
+    NBD_FLAG_HAS_FLAGS,
+    NBD_FLAG_READ_ONLY,
+    NBD_FLAG_SEND_FLUSH,
+)
 from reactor.spec import DiskSpec
 from tests.simulation.kernel import KernelDevice, Request
 from tests.simulation.storage import BLOCK_SIZE, Storage
@@ -78,6 +83,7 @@ class Connection:
         if disk.refusing:
             self._end.side.send((request, cookie, errno.ESHUTDOWN, 0))
             return
+        disk.check_device(self)
         self._busy += 1
         value = request.value
 
@@ -134,6 +140,8 @@ class ServedDisk:
         self.on_released: dict[int, None] | None = None
         self.storage: Storage = worker.process.host.store.open(worker.process, spec, shared=shared)
         self.size = self.storage.size
+        self.block_size = spec.block_size or BLOCK_SIZE
+        self.flags = FLAGS | (NBD_FLAG_READ_ONLY if spec.readonly else 0)
 
     @property
     def refusing(self) -> bool:
@@ -149,11 +157,12 @@ class ServedDisk:
         """Return the REPORT of it."""
         return {
             "spec": self.spec.to_message(),
+            "shared": self.shared,
             "leads": self.leads,
             "members": self.members,
             "size": self.size,
-            "block_size": BLOCK_SIZE,
-            "flags": FLAGS,
+            "block_size": self.block_size,
+            "flags": self.flags,
             "refusing": self.refusing,
             "reason": self.removal or "",
             "connections": [[c.generation, c.position] for c in self.connections],
@@ -166,6 +175,19 @@ class ServedDisk:
         self.all_connections.append(connection)
         self.check_size()
         connection.wake()
+
+    def check_device(self, connection: Connection) -> None:
+        """What the kernel holds must be what it was attached to, until it is detached."""
+        device, world = connection.device, self.worker.process.world
+        if device is None or not connection.serves(device):
+            return
+        device.storage = device.storage or self.storage
+        if device.storage is not self.storage:
+            world.violate(f"{device.path} passes from {device.storage} to {self.storage}")
+        if device.block_size != self.block_size:
+            world.violate(f"{device.path} has blocks of {device.block_size}, not {self.block_size}")
+        if device.readonly != self.spec.readonly:
+            world.violate(f"{device.path} is readonly: {device.readonly}, not {self.spec.readonly}")
 
     def check_size(self) -> None:
         """The kernel must never believe in blocks that the disk does not have."""
@@ -310,11 +332,14 @@ class Worker:
                 return
             self.disks[spec.name] = disk
             self.process.world.note("%s opens %s", self.process, disk.storage)
-        elif replace(disk.spec, listen=spec.listen).with_size(0) != spec.with_size(0):
+        elif (
+            replace(disk.spec, listen=spec.listen).with_size(0) != spec.with_size(0)
+            or disk.shared != message["shared"]
+        ):
             raise OSError(errno.EBUSY, f"disk {spec.name} is served with another config")
         disk.leads = message["leads"]
         disk.members = message["members"]
-        answer = {"size": disk.size, "block_size": BLOCK_SIZE, "flags": FLAGS}
+        answer = {"size": disk.size, "block_size": disk.block_size, "flags": disk.flags}
         self.say("started", id=message["id"], disk=spec.name, **answer)
 
     def _start_again(self, message: Message, tries: int) -> None:

@@ -18,6 +18,7 @@ from reactor.control.saved import (
     wishes_at_start,
 )
 from reactor.control.statefile import replace_file
+from reactor.control.tags import disk, prefix, tag
 from reactor.errors import ReactorError
 from reactor.spec import Address, DiskSpec
 
@@ -42,6 +43,26 @@ def at_start(
     saved: SavedState, *now: DiskSpec, serving: tuple[int, ...] = (), machine: Machine = MACHINE
 ) -> list[Wish]:
     return wishes_at_start(saved, {spec.name: spec for spec in now}, serving, machine)
+
+
+@pytest.mark.parametrize(
+    ("other", "is_same"),
+    [
+        (FILE, True),
+        (FILE.with_size(1 << 30), True),
+        (FILE.with_device("/dev/nbd7"), True),
+        (replace(FILE, connections=1, timeout=3, core=None, listen=()), True),
+        (replace(FILE, options={"path": "/srv/b", "direct": True}), False),
+        (replace(FILE, backend="malloc"), False),
+        (replace(FILE, readonly=True), False),
+        (replace(FILE, block_size=4096), False),
+        (replace(FILE, name="other"), False),
+    ],
+)
+def test_a_device_is_found_again_only_for_the_same_storage(other: DiskSpec, is_same: bool) -> None:
+    assert (tag("abc", other) == tag("abc", FILE)) == is_same
+    assert disk(tag("abc", other)) == other.name
+    assert tag("abc", other).startswith(prefix("abc"))
 
 
 def test_what_was_saved_is_read() -> None:
