@@ -6,7 +6,7 @@ that answers no command has id 0. Repeating a command is harmless.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import msgpack
@@ -103,11 +103,19 @@ def decode(frame: bytes, table: dict[str, dict[str, type]]) -> Message:
     if not isinstance(message, dict) or message.get("v") != VERSION:
         raise BusError(f"control message is not of version {VERSION}")
     kind = message.get("type")
-    fields = table.get(kind) if isinstance(kind, str) else None
-    if fields is None:
+    if not isinstance(kind, str) or kind not in table:
         raise BusError(f"control message of unknown type {kind!r}")
+    _check(kind, message, table[kind])
+    if kind == "hello":
+        for report in message["disks"]:
+            _check("hello, a disk", report, REPORT)
+    return message
+
+
+def _check(kind: str, content: Any, fields: Mapping[str, type]) -> None:
+    if not isinstance(content, dict):
+        raise BusError(f"control message {kind}: it is no map")
     for name, expected in fields.items():
-        value = message.get(name)
+        value = content.get(name)
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
             raise BusError(f"control message {kind}: {name} is missing or not {expected.__name__}")
-    return message
