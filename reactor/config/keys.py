@@ -242,9 +242,10 @@ COMMON: Final[Mapping[str, CommonKey]] = {
     ),
     "timeout": CommonKey(
         _WHOLE_SECONDS,
-        "seconds after which the kernel fails a request; 0 never. With several connections: after"
-        " which it closes the request's connection and sends it on another, where it waits until"
-        " the first copy has ended",
+        "seconds after which the kernel ends the connection of a request that is not answered; 0"
+        " never, but 10 with several connections by netlink. By netlink it sends the request"
+        " again, on another connection or on the next, where it waits until the first copy has"
+        " ended; by ioctl the request fails, and the device with it",
         "0 by netlink, 60 by ioctl; 10 with several connections by netlink",
     ),
     "dead_timeout": CommonKey(
