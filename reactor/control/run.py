@@ -14,6 +14,7 @@ from setproctitle import setproctitle
 from backends import registry
 from reactor import config, pressure
 from reactor.control import leftovers
+from reactor.control.clock import WakingClock
 from reactor.control.controller import Controller
 from reactor.control.demo import demo_disks
 from reactor.control.exporter import Exporter
@@ -54,7 +55,7 @@ def run(options: Options) -> int:
         handed = handed_sockets()
         for sock in (sock for socks in handed.values() for sock in socks):
             opened.callback(sock.close)
-        reactor = Reactor("interrupt")
+        reactor = Reactor("interrupt", clock=WakingClock())
         opened.callback(reactor.close)
         linux = Linux(reactor, options, runtime)
         opened.callback(linux.close)

@@ -49,7 +49,8 @@ class Operator:
     def _look(self) -> None:
         """Forget now and then what a disk has got over."""
         self._world.after(1.0, self._look)
-        controller = self._service.controller
+        # One that is stopped believes in what was before.
+        controller = self._service.controller if self._service.listens else None
         for name, subject in self.subjects.items():
             status = controller.disk(name) if controller is not None else None
             if status is not None and status.state == "online":
@@ -80,6 +81,8 @@ class Operator:
 
     def ask_something(self) -> None:
         """Ask for one thing, if the service is there."""
+        if not self._service.listens:
+            return
         subject = self.subjects[self._world.random.choice(NAMES)]
         verb = self._world.random.choice(
             ("create", "stop", "start", "start", "remove", "resize", "resize", "attach", "detach")
@@ -259,7 +262,7 @@ class Operator:
     def restart(self) -> None:
         """Stop the service in order; it starts again."""
         controller = self._service.controller
-        if controller is None:
+        if controller is None or not self._service.listens:
             return
         on_exit = self._service.options.on_exit
         self._world.note("asked: a stop that is to %s", on_exit)

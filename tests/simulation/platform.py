@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
+from reactor.control.clock import WakingClock
 from reactor.control.platform import Survivor
 from reactor.errors import DeviceError, ReactorError
 from reactor.loop import NEVER, Reactor
@@ -33,7 +34,8 @@ class SimulatedReactor(Reactor):
     """A reactor whose time is the world's."""
 
     def __init__(self, platform: SimulatedPlatform) -> None:
-        super().__init__("interrupt", clock=platform.host.world.clock, poll=platform.poll)
+        clock = WakingClock(platform.host.world.clock)
+        super().__init__("interrupt", clock=clock, poll=platform.poll)
         self.stopped = False
 
     def stop(self) -> None:
@@ -53,6 +55,7 @@ class SimulatedPlatform:
         self.ends: dict[End, None] = {}  # that the process has open
         self.calls = 0  # under way
         self.asleep = True
+        self.paused = False  # by SIGSTOP
         self.reactor = SimulatedReactor(self)
         self._bus: ControllerEnd | None = None
         self._ioctl_devices: list[IoctlDevice] = []
@@ -63,10 +66,12 @@ class SimulatedPlatform:
         """Let the world go on until the reactor has something to do."""
         world = self.world
         deadline = None if seconds == NEVER else world.now + round(seconds * NS)
-        while self.asleep:
+        while self.asleep or self.paused:
             time = world.next_time()
-            if deadline is not None and (time is None or time > deadline):
-                world.now = deadline
+            ends = deadline is not None and (time is None or time > deadline)
+            if ends and not self.paused:
+                assert deadline is not None
+                world.now = max(world.now, deadline)
                 break
             if time is None:
                 raise Violation("nothing will ever happen")
@@ -81,6 +86,18 @@ class SimulatedPlatform:
         if not self.dead:
             self.asleep = False
             self.reactor.call_from_thread(function)
+
+    def pause(self) -> None:
+        """Stop the process; what it waits for interruptibly, as for its ioctl devices, ends."""
+        self.world.note("the controller is stopped")
+        self.paused = True
+        for device in self._ioctl_devices:
+            device.end_with_controller()
+
+    def go_on(self) -> None:
+        """Continue the process."""
+        self.world.note("the controller goes on")
+        self.paused = False
 
     def die(self) -> None:
         """End the process, and all that it holds."""

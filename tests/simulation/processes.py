@@ -53,6 +53,7 @@ class WorkerProcess:
         self._parent = host.controller_pid
         self._version = host.version
         self.alive = True  # it runs, or is stopped
+        self.was_stopped = False  # ever
         self.gone = False
         self.stopped = False
         self.worker: Worker | None = None
@@ -127,11 +128,13 @@ class WorkerProcess:
         if number == signal.SIGKILL:
             self.exit(-number)
         elif number == signal.SIGABRT:
+            if not self.was_stopped:
+                self.world.violate(f"{self} is aborted, and never hung")
             self.run(lambda: self.exit(-signal.SIGABRT))
         elif number == signal.SIGTERM:
             self.run(self._terminate)
         elif number == signal.SIGSTOP:
-            self.stopped = True
+            self.stopped = self.was_stopped = True
         elif number == signal.SIGCONT:
             self._go_on()
 

@@ -146,6 +146,7 @@ class Scenario:
             (self.service.die, 6),
             (self._kill_worker, 12),
             (self._stop_worker, 3),
+            (self._pause_controller, 2),
             (self._remove_storage, 1),
             (self._hang_storage, 2),
             (self._refuse_storage, 1),
@@ -193,6 +194,12 @@ class Scenario:
             if self.world.chance(0.5):
                 seconds = self.world.between(0.1, 20)
                 self.world.after(seconds, victim.send_signal, signal.SIGCONT)
+
+    def _pause_controller(self) -> None:
+        platform = self.service.platform
+        if platform is not None and not platform.paused:
+            platform.pause()
+            self.world.after(self.world.between(0.5, 40), platform.go_on)
 
     def _crash(self) -> None:
         """Take the power away, with the runtime directory in memory or on a disk."""

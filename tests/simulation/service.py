@@ -39,6 +39,11 @@ class Service:
         """Whether the controller has come to its orderly end."""
         return self.platform is not None and self.platform.reactor.stopped
 
+    @property
+    def listens(self) -> bool:
+        """Whether there is a controller that would hear what is asked."""
+        return self.platform is not None and not self.platform.paused
+
     def start(self) -> None:
         """Begin a controller's life."""
         self._host.world.note("the service starts on cores %s", self.options.cores)

@@ -15,6 +15,7 @@ from reactor.control.disk import DiskControl
 from reactor.control.shares import Shares
 from reactor.errors import DeviceError
 from reactor.spec import DiskSpec
+from tests.simulation import platform
 from tests.simulation.devices import NetlinkDevice
 from tests.simulation.platform import SimulatedPlatform
 from tests.simulation.processes import WorkerProcess
@@ -121,6 +122,11 @@ def leave_nothing_as_it_was_found(patch: Patch) -> None:
     patch.setattr(Controller, "_took_over", never, raising=False)
 
 
+def blame_workers_for_a_pause(patch: Patch) -> None:
+    """The controller's clock goes on while it is stopped."""
+    patch.setattr(platform, "WakingClock", lambda clock: clock)
+
+
 def slip_a_config_under_a_device(patch: Patch) -> None:
     """What the config says now is served to who has the device of before."""
 
@@ -175,6 +181,7 @@ def fail_without_cause(patch: Patch) -> None:
         (flush_nothing, "was acknowledged"),
         (acknowledge_before_it_lands, "was acknowledged"),
         (leave_nothing_as_it_was_found, "an I/O error|was acknowledged|kept: False"),
+        (blame_workers_for_a_pause, "never hung"),
         (slip_a_config_under_a_device, "passes from"),
         (take_over_whatever_is_below, "passes from"),
         (share_with_who_does_not, "did not answer start"),
