@@ -59,7 +59,7 @@ EVENTS: Final[dict[str, dict[str, type]]] = {
 #: What a worker says of a disk that it has open.
 REPORT: Final[dict[str, type]] = {
     "spec": dict,
-    "shared": bool,  # with other workers, as it was told by `start`
+    "shared": bool,  # other workers may have it open too, as `start` said when it was opened
     "leads": bool,
     "members": list,  # as it was told by `start`
     "size": int,

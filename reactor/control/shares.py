@@ -123,11 +123,11 @@ class Shares:
         return len(self._all) > 1
 
     def are_of(self, report: Mapping[str, Any], spec: DiskSpec) -> bool:
-        """Whether a worker has it open as `spec` says, but for its size, and with the others."""
+        """Whether a worker has it open as `spec` says, but for its size, and lets others."""
         served = DiskSpec.from_message(report["spec"])
         wanted = replace(spec, device=None, listen=served.listen).with_size(0)
         known = served.with_size(0) == wanted and served.listen in ((), spec.listen)
-        return known and report["shared"] == self._shared
+        return known and (report["shared"] or not self._shared)
 
     @property
     def refusing(self) -> bool:

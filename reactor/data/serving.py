@@ -68,7 +68,7 @@ class ServedDisk:
         memory: ClientMemory | None = None,
     ) -> None:
         self.spec = spec
-        self.shared = shared  # with other workers
+        self.shared = shared  # other workers may have it open too
         self.leads = False
         self.members: list[int] = []  # cores whose workers get clients from this one, if it leads
         self._reactor = reactor

@@ -208,9 +208,8 @@ class Worker:
                     registry.backend(spec.backend).discard(spec.name, self._instance)
                 raise
             self._disks[spec.name] = served
-        elif (
-            replace(served.spec, listen=spec.listen).with_size(0) != spec.with_size(0)
-            or served.shared != message["shared"]
+        elif replace(served.spec, listen=spec.listen).with_size(0) != spec.with_size(0) or (
+            message["shared"] and not served.shared
         ):
             raise OSError(errno.EBUSY, f"disk {spec.name} is served with another config")
         elif served.spec.listen != spec.listen:  # another worker led, or does from now on

@@ -332,9 +332,8 @@ class Worker:
                 return
             self.disks[spec.name] = disk
             self.process.world.note("%s opens %s", self.process, disk.storage)
-        elif (
-            replace(disk.spec, listen=spec.listen).with_size(0) != spec.with_size(0)
-            or disk.shared != message["shared"]
+        elif replace(disk.spec, listen=spec.listen).with_size(0) != spec.with_size(0) or (
+            message["shared"] and not disk.shared
         ):
             raise OSError(errno.EBUSY, f"disk {spec.name} is served with another config")
         disk.leads = message["leads"]
