@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import re
 import struct
 import subprocess
 import threading
@@ -19,6 +20,7 @@ from tests.commands import fio_verify_command, run
 
 BLOCK = 4096
 END_SECONDS = 300.0
+TROUBLE = re.compile(r"\berror\b|\babort", re.IGNORECASE)  # of the block layer, of file systems
 
 
 class Application(ABC):
@@ -238,9 +240,7 @@ class KernelLog:
 
 
 def is_trouble(line: str) -> bool:
-    if "overwritten" in line:
-        return True
-    return "nbd" in line and ("I/O error" in line or "EXT4-fs error" in line)
+    return "overwritten" in line or ("nbd" in line and bool(TROUBLE.search(line)))
 
 
 @contextmanager
