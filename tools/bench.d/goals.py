@@ -64,6 +64,16 @@ class Verdict:
         return self.found <= self.most
 
     @property
+    def shown(self) -> str:
+        """What was found, so that a goal missed by little does not look met."""
+        assert self.found is not None
+        bound = self.most if self.least is None else self.least
+        text = f"{self.found:{self.form}}"
+        if self.met or text != f"{bound:{self.form}}":
+            return text
+        return f"{self.found:{self.form.replace('.2', '.4')}}"
+
+    @property
     def wanted(self) -> str:
         """As in `>= 1.30`."""
         bound = self.most if self.least is None else self.least

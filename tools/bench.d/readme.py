@@ -153,7 +153,7 @@ def _goals(results: Results) -> str:
     """Tell how many goals were met, and which were not."""
     found = [each for each in goals.verdicts(results) if each.met is not None]
     missed = [each for each in found if not each.met]
-    lines = [[each.goal, each.wanted, f"{each.found:{each.form}}"] for each in missed]
+    lines = [[each.goal, each.wanted, each.shown] for each in missed]
     said = f"{len(found) - len(missed)} of {len(found)} goals were met."
     return f"{said} Missed:\n\n{_table(['goal', 'wanted', 'found'], lines)}" if lines else said
 

@@ -122,7 +122,7 @@ def _goals(results: Results) -> str:
     width = max(len(verdict.goal) for verdict in found) + 2
     lines = [f"{'goal':<{width}}{'wanted':>10}{'found':>10}"]
     for verdict in found:
-        value = "" if verdict.found is None else f"{verdict.found:{verdict.form}}"
+        value = "" if verdict.found is None else verdict.shown
         line = f"{verdict.goal:<{width}}{verdict.wanted:>10}{value:>10}  {words[verdict.met]}"
         lines.append(line)
     return "\n".join(lines)
