@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -94,9 +95,20 @@ class CrashingService:
         """Wait until it is."""
         deadline = time.monotonic() + seconds
         while not self.overcome():
-            assert time.monotonic() < deadline, self.running.log
+            assert time.monotonic() < deadline, f"{self._left()}\n{self.running.log}"
             time.sleep(0.1)
         self._struck.clear()
+
+    def _left(self) -> str:
+        return "struck and alive: " + "\n".join(map(_stack, filter(_lives, self._struck)))
+
+
+def _stack(process: psutil.Process) -> str:
+    """Return what a process is and where it is in the kernel, for a failure's message."""
+    with suppress(psutil.NoSuchProcess, OSError):
+        stack = Path(f"/proc/{process.pid}/stack").read_text()
+        return f"{process} of {process.ppid()} {process.cmdline()} in\n{stack}"
+    return "one that has just ended"
 
 
 def _lives(process: psutil.Process) -> bool:
