@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 
 from backends.buffers import AlignedBuffer
 
-DEPTH: Final = 256  # operations in flight per engine
+ENTRIES: Final = 256  # of an engine's queue: one more than its `depth`
 
 #: What an operation carries: its first item is called with the result (the bytes done, or minus an
 #: errno) and the tag itself.
@@ -20,10 +20,12 @@ OnRoom: TypeAlias = Callable[[], None]
 class Engine(ABC):
     """Operations on one file descriptor, each of which ends in one call of its tag's first item.
 
-    That call comes from the loop, never from inside the methods here. The caller keeps
-    `in_flight` below `depth`, and lets the engine have a buffer until its operation ended.
-    What was queued starts together, at the end of the turn at the latest; `rounds` counts these
-    starts. Operations are numbered from 1 on; `tags` has those in flight, the oldest first.
+    That call comes from the loop, never from inside the methods here; one operation may follow from
+    inside it. Else the caller begins one only while `in_flight` is below `depth`. But a single
+    fdatasync always has a place: what it must follow may end when the engine is full.
+    The caller lets the engine have a buffer until its operation ended. What was queued starts
+    together, at the end of the turn at the latest; `rounds` counts these starts. Operations are
+    numbered from 1 on; `tags` has those in flight, the oldest first.
     """
 
     depth: int

@@ -352,12 +352,14 @@ class FileChannel(Channel):
 
     def _flush(self, request: Request, owner: Owner) -> None:
         self._refuse_after_failed_sync()
-        if not self._syncing:
-            self._admit(self._engine, owner)
         self._join_sync(request, owner)
 
     def _join_sync(self, request: Request, owner: Owner) -> None:
-        """Join the fdatasync that has not started yet: a running one may miss finished writes."""
+        """Join the fdatasync that has not started yet: a running one may miss finished writes.
+
+        There is one at a time, for which the engine always has a place: a trim that must be durable
+        may have ended on the other engine while this one is full.
+        """
         if not self._syncing:
             self._syncing = [(request, owner)]
             self._start_sync()

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 from backends.buffers import AlignedBuffer
-from backends.engine import DEPTH, Engine, OnRoom, Tag
+from backends.engine import ENTRIES, Engine, OnRoom, Tag
 from backends.linux import fallocate
 from reactor.errors import error_number
 from reactor.loop import Reactor
@@ -24,7 +24,7 @@ Job = tuple[Callable[..., int | None], tuple[Any, ...], int]
 class Threads(Engine):
     """Blocking calls in a few threads, which start with the first operation."""
 
-    depth = DEPTH
+    depth = ENTRIES - 1
 
     def __init__(
         self, reactor: Reactor, fd: int, on_room: OnRoom, *, threads: int = THREADS
@@ -114,9 +114,11 @@ class Threads(Engine):
 
     def _reap(self) -> None:
         # One wake-up may bring several results; those of the others then find nothing to do.
-        for _ in range(len(self._results)):
-            number, result = self._results.popleft()
-            tag = self.tags.pop(number)
-            self.in_flight -= 1
-            tag[0](result, tag)
-        self._on_room()
+        try:
+            for _ in range(len(self._results)):
+                number, result = self._results.popleft()
+                tag = self.tags.pop(number)
+                self.in_flight -= 1
+                tag[0](result, tag)
+        finally:  # what was called may fail; then the next wake-up brings the others
+            self._on_room()

@@ -16,7 +16,7 @@ from struct import Struct
 from typing import Final
 
 from backends.buffers import AlignedBuffer
-from backends.engine import DEPTH, Engine, OnRoom, Tag
+from backends.engine import ENTRIES, Engine, OnRoom, Tag
 from reactor.loop import Reactor
 
 SYS_IO_URING_SETUP: Final = 425  # the same on every architecture but alpha
@@ -61,7 +61,7 @@ TRANSFERS: Final = frozenset({IORING_OP_READ, IORING_OP_WRITE})
 # What must wait (fdatasync, cached writes) does so in kernel threads that all rings of a process
 # share: four for each CPU by default, so that one hung disk would take them from all others. They
 # are made only as they are needed.
-WORKERS_MAX: Final = 4 * DEPTH
+WORKERS_MAX: Final = 4 * ENTRIES
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _setup = _libc["syscall"]
@@ -78,8 +78,9 @@ _register.restype = ctypes.c_long
 class Ring(Engine):
     """An engine on io_uring. Raises OSError where the kernel lacks it or a sandbox refuses it.
 
-    The completion queue has twice the entries of the submission queue, so it cannot overflow
-    while at most `depth` operations are in flight.
+    With at most as many operations in flight as the submission queue has entries, none that the
+    kernel has not taken yet is overwritten. The completion queue has twice as many: it holds what
+    has ended, and all that follows it and ends before the first have been taken out.
     """
 
     def __init__(self, reactor: Reactor, fd: int, on_room: OnRoom) -> None:
@@ -89,7 +90,7 @@ class Ring(Engine):
         self._on_room = on_room
         self._queued = 0
         self._tail = self._head = 0  # the queues' indexes, ours to move: a new ring's are 0
-        self._ring_fd, params = _set_up(DEPTH)
+        self._ring_fd, params = _set_up(ENTRIES)
         self._event_fd = -1
         self._maps: list[mmap.mmap] = []
         try:
@@ -105,7 +106,7 @@ class Ring(Engine):
         except BaseException:
             self._release()
             raise
-        self.depth = params[0]
+        self.depth = params[0] - 1
         self.tags = {}
         _allow_workers(self._ring_fd)
         # Edge-triggered, so that nobody has to read it: each completion is a new edge. The ring's
@@ -139,10 +140,13 @@ class Ring(Engine):
             done = self._start(IORING_ENTER_GETEVENTS)
             if done < 0 and ctypes.get_errno() not in (errno.EAGAIN, errno.EBUSY, errno.EINTR):
                 _check(done)
-        self._reap()
-        # Either the kernel was short of memory, or it left completions for another round.
-        if self._queued or self._has_completed():
-            self._reactor.mark_kick(self)
+        try:
+            self._reap()
+        finally:
+            # Either the kernel was short of memory, or it left completions for another round, or
+            # what a completion called has failed, and no new event will tell of the others.
+            if self._queued or self._has_completed():
+                self._reactor.mark_kick(self)
 
     def close(self) -> None:
         self._reactor.remove_fd(self._event_fd)
@@ -151,6 +155,7 @@ class Ring(Engine):
     def _queue(
         self, opcode: int, offset: int, address: int, length: int, flags: int, tag: Tag
     ) -> None:
+        assert self.in_flight <= self.depth, "the queue is full"
         number = self.number = self.number + 1
         self.tags[number] = tag
         tail = self._tail
@@ -208,7 +213,7 @@ class Ring(Engine):
                 tag[0](result, tag)
         finally:  # what was called may fail; the others' operations still end once
             self._head = words[self._cq_head] = head
-        self._on_room()
+            self._on_room()
 
     def _map(self, params: tuple[int, ...]) -> None:
         needed = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_RW_CUR_POS

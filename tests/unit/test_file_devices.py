@@ -6,11 +6,13 @@ import errno
 import logging
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from backends.engine import ENTRIES
 from reactor.protocol.wire import (
     NBD_CMD_FLAG_FUA,
     NBD_CMD_FLAG_NO_HOLE,
@@ -102,6 +104,26 @@ def test_a_block_device_does_everything(
         disk.requester.write(2 * MIB, payload[:MIB])
         assert disk.requester.do(NBD_CMD_WRITE_ZEROES, 2 * MIB, MIB, flags=flags) == (0, b"")
         assert disk.requester.read(2 * MIB, MIB) == bytes(MIB)
+
+
+def test_trims_that_must_be_durable_may_end_while_everything_else_is_full(
+    tmp_path: Path, device: Device, opened: Open
+) -> None:
+    disk = opened(device(tmp_path / "backing", 16 * MIB))
+    channel, ask = disk.channel, disk.requester.submit
+    for _ in range(3):
+        for index in range(4):
+            ask(NBD_CMD_TRIM, index * MIB, MIB, flags=NBD_CMD_FLAG_FUA)
+        channel._discards.kick()
+        while len(channel._discards._results) < 4:
+            time.sleep(0.001)
+        for index in range(ENTRIES):
+            ask(NBD_CMD_WRITE_ZEROES, 4096 * index, 4096)
+        assert channel._engine.in_flight == channel._engine.depth
+        disk.requester.wait()
+    answers = disk.requester.answers
+    assert list(answers.values()) == [(0, b"")] * len(answers)
+    assert channel._engine.in_flight == 0
 
 
 def test_the_logical_block_is_the_smallest(tmp_path: Path, device: Device, opened: Open) -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from reactor.loop import Reactor
 from tests.submitting import turn_until
 
 MIB = 1 << 20
+IORING_SQ_CQ_OVERFLOW = 1 << 1
 
 
 class Bench:
@@ -149,6 +151,69 @@ def test_every_operation_of_a_full_engine_ends_once(bench: Bench) -> None:
         bench.results.clear()
     for index, buffer in enumerate(buffers):
         assert buffer.view == bench.content[index * 4096 % MIB :][:4096]
+
+
+def fill(bench: Bench) -> None:
+    """Begin as many operations as an engine admits, of a kind that waits for the turn's end."""
+    for index in range(bench.engine.depth):
+        bench.engine.will_need(0, 4096, (bench.note, index))
+
+
+def fail(*_: object) -> None:
+    raise ValueError
+
+
+def test_a_full_engine_has_a_place_for_a_sync(bench: Bench) -> None:
+    fill(bench)
+    bench.engine.datasync((bench.note, bench.engine.depth))
+    bench.wait()
+    assert sorted(bench.results) == [(index, 0) for index in range(bench.engine.depth + 1)]
+
+
+def test_a_ring_refuses_one_too_many_before_it_overwrites_another(ring: Bench) -> None:
+    fill(ring)
+    ring.engine.datasync((ring.note, ring.engine.depth))
+    with pytest.raises(AssertionError, match="the queue is full"):
+        ring.engine.datasync((ring.note, "one too many"))
+    ring.wait()
+    assert sorted(ring.results) == [(index, 0) for index in range(ring.engine.depth + 1)]
+
+
+def test_a_full_ring_has_room_for_all_that_ends_and_all_that_follows_it(ring: Bench) -> None:
+    """They end before the loop looks, and what follows them before the first is taken out."""
+    engine = ring.engine
+    assert isinstance(engine, Ring)
+    buffers = [ring.buffer(4096) for _ in range(engine.depth + 1)]
+    overflows = []
+
+    def follow(_result: int, tag: tuple[Any, ...]) -> None:
+        ring.read(buffers[tag[1]], 0, tag[1])
+        overflows.append(engine._words[engine._sq_flags] & IORING_SQ_CQ_OVERFLOW)
+
+    engine.datasync((follow, engine.depth))
+    for index, buffer in enumerate(buffers[:-1]):
+        engine.read(buffer, 0, 4096, 0, (follow, index))
+    time.sleep(0.1)  # the sync is to end too
+    ring.wait()
+    assert sorted(ring.results) == [(index, 4096) for index in range(len(buffers))]
+    assert not any(overflows)
+
+
+def test_a_failure_in_a_completion_does_not_keep_the_others_waiting(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    for index in range(3):
+        bench.read(bench.buffer(4096), 0, index)
+        bench.engine.read(bench.buffer(4096), 0, 4096, 0, (fail,))
+    bench.wait()
+    assert sorted(bench.results) == [(index, 4096) for index in range(3)]
+    assert len(caplog.records) == 3
+
+
+def test_room_is_told_after_a_completion_that_failed(bench: Bench) -> None:
+    bench.engine.datasync((fail,))
+    bench.wait()
+    assert bench.rooms == [0]
 
 
 def test_threads_start_together_what_a_turn_queues(threads: Bench) -> None:
