@@ -60,13 +60,20 @@ STRANGE: Final = 1 << 16  # the lane of all whose handle is neither
 class Lanes:
     """The lanes of one open disk, and which of the connections here hold or wish for them."""
 
-    def __init__(self, fd: int | None) -> None:
-        """Share them with all who have opened the file `fd`; None: nobody has the data but us."""
-        self._locks = LaneLocks(fd)
+    def __init__(self, fd: int | None, reactor: Reactor, disk: str) -> None:
+        """Share them with all who have opened the file `fd`; None: nobody has the data but us.
+
+        `disk` names it in the log.
+        """
+        self._locks = LaneLocks(fd, reactor, disk)
         self._holders: dict[int, FencedConnection] = {}
         self._wishes: defaultdict[int, set[FencedConnection]] = defaultdict(set)
         #: Whether handles are in the network's byte order; None: nothing told yet.
         self.network_order: bool | None = None if sys.byteorder == "little" else True
+
+    def close(self) -> None:
+        """Touch the file no more; no connection is left."""
+        self._locks.close()
 
     def lane_of(self, handle: int) -> int:
         """Return the lane of a request by its handle, taken from the wire as big endian."""
@@ -92,11 +99,15 @@ class Lanes:
         del self._holders[lane]
         self._locks.give_up(lane)
 
+    def give_up_all_of(self, connection: FencedConnection) -> None:
+        """Let others have what a connection here holds."""
+        for lane in [lane for lane, holder in self._holders.items() if holder is connection]:
+            self.give_up(lane)
+
     def wish(self, lane: int, connection: FencedConnection) -> None:
-        """Ask whoever holds a lane to give it up."""
-        if not self._wishes[lane]:
-            self._locks.wish(lane)
+        """Ask whoever holds a lane to give it up. To be repeated, as it may fail unnoticed."""
         self._wishes[lane].add(connection)
+        self._locks.wish(lane)
 
     def wish_no_more(self, lane: int, connection: FencedConnection) -> None:
         """Take a wish back."""
@@ -216,12 +227,12 @@ class FencedConnection(Connection):
         if self._wished != lane:
             self._wish_no_more()
             self._wished = lane
-            self._lanes.wish(lane, self)
+        self._lanes.wish(lane, self)
 
     def _wish_no_more(self) -> None:
-        if self._wished is not None:
-            self._lanes.wish_no_more(self._wished, self)
-            self._wished = None
+        lane, self._wished = self._wished, None
+        if lane is not None:
+            self._lanes.wish_no_more(lane, self)
 
     def _try_again_in(self, seconds: float) -> None:
         def retry() -> None:
@@ -235,17 +246,19 @@ class FencedConnection(Connection):
 
     def _look_at_lanes(self) -> None:
         """Give up all lanes if nothing is in flight, else see to that if one is wished for."""
-        self._look = None
+        # First, as it must be looked again should anything below fail.
+        self._look = self._reactor.call_later(LOOK_SECONDS, self._look_at_lanes)
         placing = self._shortcut is not None and self._shortcut.placing
         if not self._in_flight and not placing:
             self._give_up_lanes()
+            self._look.cancel()
+            self._look = None
             if self._yielding:
                 self._reactor.call_later(YIELD_SECONDS, self._yield_no_more)
             return
         if not self._yielding and any(self._lanes.is_wished(lane) for lane in self._held):
             self._yielding = True
             self._forget_bits()
-        self._look = self._reactor.call_later(LOOK_SECONDS, self._look_at_lanes)
 
     def _yield_no_more(self) -> None:
         self._yielding = False
@@ -253,9 +266,8 @@ class FencedConnection(Connection):
 
     def _give_up_lanes(self) -> None:
         self._forget_bits()
-        for lane in self._held:
-            self._lanes.give_up(lane)
         self._held.clear()
+        self._lanes.give_up_all_of(self)
 
 
 def _is_plausible(handle: int) -> bool:

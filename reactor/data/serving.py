@@ -103,7 +103,7 @@ class ServedDisk:
         # A single connection is only replaced when nothing of it is in flight any more: its worker
         # tells of its end then, and who opens the disk after a dead one waits for its last I/O.
         fenced = spec.connections > 1 and not spec.readonly
-        self._lanes = Lanes(self.disk.lock_fd) if fenced else None
+        self._lanes = Lanes(self.disk.lock_fd, reactor, spec.name) if fenced else None
         self.export = Export(
             name=spec.name,
             description=f"{spec.backend} disk",
@@ -290,6 +290,8 @@ class ServedDisk:
         if self._on_stopped is None or self._generations:
             return
         self._channel.close()
+        if self._lanes is not None:
+            self._lanes.close()
         self._descriptor.close()
         self.disk.close()
         on_stopped, self._on_stopped = self._on_stopped, lambda: None

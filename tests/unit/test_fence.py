@@ -4,76 +4,19 @@ from __future__ import annotations
 
 import os
 import random
-import socket
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from backends.lanes import LaneLocks
 from backends.malloc import BACKEND, MallocDisk
-from reactor.data.fence import STRANGE, YIELD_SECONDS, FencedConnection, Lanes
+from reactor.data.fence import STRANGE, FencedConnection
 from reactor.loop import READABLE, Reactor
-from tests.unit.pumping import HeldChannel, Pump, null_disk
+from tests.unit.fencing import LANE, OTHER, Bed, handle, shut, write
+from tests.unit.pumping import Pump
 from tests.unit.requests import replies, request
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES = range(7)
-LANE, OTHER = 0, 3
-WHILE_SECONDS = 5 * YIELD_SECONDS  # in which what may happen, happens
-
-
-def handle(lane: int, tag: int = 1, sent: int = 1, order: str = sys.byteorder) -> int:
-    """Return a handle of the driver, read from the wire as big endian."""
-    number = sent << 32 | lane << 16 | tag
-    return int.from_bytes(number.to_bytes(8, "big" if order == "big" else "little"), "big")
-
-
-def write(lane: int, tag: int = 1, sent: int = 1) -> bytes:
-    return request(WRITE, 512 * tag, cookie=handle(lane, tag, sent), payload=bytes([sent]) * 512)
-
-
-class Bed:
-    """Workers, each with its own open of one file; their loops turn together."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.pumps: list[Pump] = []
-        self.stack = ExitStack()
-
-    def open(self) -> Lanes:
-        """Open the file as a worker does."""
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT)
-        self.stack.callback(os.close, fd)
-        return Lanes(fd)
-
-    def worker(self, room: int = 1 << 30) -> tuple[Pump, HeldChannel]:
-        """Serve a connection in a worker of its own."""
-        return self.connection(self.open(), room)
-
-    def connection(self, lanes: Lanes, room: int = 1 << 30) -> tuple[Pump, HeldChannel]:
-        held = HeldChannel(null_disk(), room)
-        pump = self.stack.enter_context(Pump(held, lanes=lanes))
-        self.pumps.append(pump)
-        return pump, held
-
-    def turn(self) -> None:
-        for pump in self.pumps:
-            pump.reactor.turn()
-
-    def until(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline
-            self.turn()
-
-    def a_while(self) -> None:
-        """Let everything happen that may."""
-        deadline = time.monotonic() + WHILE_SECONDS
-        while time.monotonic() < deadline:
-            self.turn()
 
 
 @pytest.fixture
@@ -81,11 +24,6 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
     made = Bed(tmp_path / "data")
     with made.stack:
         yield made
-
-
-def shut(pump: Pump) -> None:
-    """Do what the kernel does to a connection before it sends elsewhere."""
-    pump.client.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_copy_waits_until_the_first_has_ended(bed: Bed) -> None:
@@ -305,29 +243,29 @@ def test_a_disconnect_has_no_lane(bed: Bed) -> None:
     assert second.closed == ["the client disconnected"]
 
 
-def test_a_lock_outlives_its_worker_while_the_open_file_lives(tmp_path: Path) -> None:
+def test_a_lock_outlives_its_worker_while_the_open_file_lives(tmp_path: Path, bed: Bed) -> None:
     """As when io_uring has the dead worker's write: it holds the open file."""
     path = tmp_path / "data"
     worker = os.open(path, os.O_RDWR | os.O_CREAT)
     in_flight = os.dup(worker)
     other = os.open(path, os.O_RDWR)
     try:
-        assert LaneLocks(worker).take(LANE)
+        assert bed.locks(worker).take(LANE)
         os.close(worker)
-        assert not LaneLocks(other).take(LANE)
+        assert not bed.locks(other).take(LANE)
         os.close(in_flight)
-        assert LaneLocks(other).take(LANE)
+        assert bed.locks(other).take(LANE)
     finally:
         os.close(other)
 
 
 def test_without_a_file_or_locks_on_it_the_lanes_are_those_of_one_worker(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, bed: Bed, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "data").touch()
     fd = os.open(tmp_path / "data", os.O_PATH)
     try:
-        for locks in (LaneLocks(None), LaneLocks(fd)):
+        for locks in (bed.locks(None), bed.locks(fd)):
             assert locks.take(LANE)
             locks.wish(LANE)
             assert not locks.is_wished(LANE)
@@ -343,9 +281,9 @@ def test_without_a_file_or_locks_on_it_the_lanes_are_those_of_one_worker(
 
 @pytest.mark.parametrize("order", ["little", "big"])
 @pytest.mark.parametrize("seed", range(8))
-def test_the_order_of_a_handle_is_seen(order: str, seed: int) -> None:
+def test_the_order_of_a_handle_is_seen(bed: Bed, order: str, seed: int) -> None:
     chance = random.Random(seed)
-    lanes = Lanes(None)
+    lanes = bed.lanes(None)
     sent = chance.randrange(1, 255)  # others can be read both ways
     for _ in range(1000):
         lane, tag = chance.randrange(16), chance.randrange(128)
@@ -355,18 +293,18 @@ def test_the_order_of_a_handle_is_seen(order: str, seed: int) -> None:
 
 @pytest.mark.parametrize(("release", "lane"), [("6.1.0-9-amd64", 2), ("6.4.0", 5), ("7.0", 5)])
 def test_of_a_handle_that_can_be_read_both_ways_the_kernels_release_tells(
-    monkeypatch: pytest.MonkeyPatch, release: str, lane: int
+    monkeypatch: pytest.MonkeyPatch, bed: Bed, release: str, lane: int
 ) -> None:
     monkeypatch.setattr("platform.release", lambda: release)
     both = int.from_bytes(bytes([7, 0, 2, 0, 0, 5, 0, 7]), "big")
-    lanes = Lanes(None)
+    lanes = bed.lanes(None)
     assert lanes.lane_of(both) == lane
     assert lanes.network_order is None, "nothing is certain yet"
 
 
 def test_strange_handles_have_one_lane(bed: Bed) -> None:
     strange = (1 << 64) - 1
-    assert Lanes(None).lane_of(strange) == STRANGE
+    assert bed.lanes(None).lane_of(strange) == STRANGE
     first, slow = bed.worker()
     second, held = bed.worker()
     first.send(request(WRITE, cookie=strange, payload=bytes(512)))
@@ -401,8 +339,8 @@ def memory() -> Iterator[MallocDisk]:
 
 
 def test_plain_writes_to_memory_wait_too(memory: MallocDisk, bed: Bed) -> None:
-    pump = bed.stack.enter_context(Pump(disk=memory, lanes=Lanes(memory.lock_fd)))
-    others = Lanes(os.open(f"/proc/self/fd/{memory.lock_fd}", os.O_RDWR))
+    pump = bed.stack.enter_context(Pump(disk=memory, lanes=bed.lanes(memory.lock_fd)))
+    others = bed.lanes(os.open(f"/proc/self/fd/{memory.lock_fd}", os.O_RDWR))
     fd = others._locks._fd
     assert fd is not None
     try:
@@ -425,12 +363,12 @@ def test_a_large_write_on_its_way_into_memory_ends_before_the_lane_is_given_up(
     memory: MallocDisk, bed: Bed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reactor.data.fence.LOOK_SECONDS", 3600)
-    pump = bed.stack.enter_context(Pump(disk=memory, lanes=Lanes(memory.lock_fd)))
+    pump = bed.stack.enter_context(Pump(disk=memory, lanes=bed.lanes(memory.lock_fd)))
     connection = pump.connection
     assert isinstance(connection, FencedConnection)
     fd = os.open(f"/proc/self/fd/{memory.lock_fd}", os.O_RDWR)
     try:
-        other = LaneLocks(fd)
+        other = bed.locks(fd)
         pump.send(write(LANE))  # from now on it has the lane, and plain requests go the short way
         pump.receive(16)
         large = request(WRITE, 0, cookie=handle(LANE), payload=b"\7" * (1 << 20))
