@@ -66,6 +66,8 @@ class CrashingService:
         for worker in workers():
             with suppress(psutil.NoSuchProcess):  # it is just ending by itself
                 if "worker hung" in kind:
+                    if " -m reactor.data" in " ".join(worker.cmdline()):
+                        continue  # without the controller that started it nobody would know of it
                     worker.suspend()
                 elif kind != "controller killed":
                     worker.kill()
