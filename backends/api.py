@@ -36,7 +36,7 @@ OFFSET: Final = 3
 LENGTH: Final = 4
 PAYLOAD: Final = 5
 
-CHUNK_SHIFT: Final = 20  # chunks of 1 MiB; see `MappedMemory`
+CHUNK_SHIFT: Final = 16  # chunks of 64 KiB; see `MappedMemory`
 DONE: Final = b""  # what `submit` returns for a finished request that carries no data
 
 

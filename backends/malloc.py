@@ -9,7 +9,7 @@ from typing import Final
 
 from backends import sharedmemory
 from backends.api import COMMAND, DONE, FLAGS, Backend, Buffer, Channel, Disk, Owner, Request
-from backends.sharedmemory import SIZE_MAX, SharedMemory, shared_memory
+from backends.sharedmemory import CHUNK, SIZE_MAX, SharedMemory, shared_memory
 from reactor.errors import error_number
 from reactor.loop import Reactor
 from reactor.protocol.wire import (
@@ -23,18 +23,19 @@ from reactor.spec import Key
 
 BLOCK_SIZE: Final = 512
 STEP: Final = 4 << 20  # bytes zeroed or trimmed in one turn, about: a millisecond
+NEW: Final = 3  # as long as so many bytes take, a byte of memory takes that is new
 SHORT: Final = 64 << 10  # bytes that are zeroed or trimmed at once, as long as the turn has room
 
 
 class MallocChannel(Channel):
-    """Answers at once, but for long trims and zeroes: those go on turn by turn."""
+    """Answers at once, but for what makes or clears much memory: that goes on turn by turn."""
 
     def __init__(self, disk: MallocDisk, reactor: Reactor) -> None:
         super().__init__(disk)
         self.kick_due = False
         self.memory = self._memory = disk.memory
         self._reactor = reactor
-        self._room = STEP  # bytes that may still be cleared in this turn
+        self._room = STEP  # bytes that may still be cleared, or made, in this turn
         self._long: deque[tuple[Request, Owner, int]] = deque()  # ... and where to go on
 
     def submit(self, request: Request, owner: Owner) -> Buffer | None:
@@ -46,7 +47,7 @@ class MallocChannel(Channel):
             if command == NBD_CMD_READ:
                 return memory.data[offset:end] if backed else memory.read(offset, length)
             if not backed:
-                memory.back(offset, end)
+                self._make(offset, end, owner)
             assert payload is not None
             memory.data[offset:end] = payload
         elif command in {NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES}:
@@ -59,13 +60,26 @@ class MallocChannel(Channel):
         return DONE
 
     def kick(self) -> None:
-        """Do one step of what is queued: of one long request, or of several shorter ones."""
+        """Do one step of what is queued: of one long request, or of several shorter ones.
+
+        Then those who wait to write to new memory, by turns.
+        """
         self._room = STEP
         room = STEP
         while self._long and room > 0:
             room -= self._do_step(room)
-        if self._long:
+        while self._waiting and self._room > 0:
+            self._waiting.popleft().resume()
+        if self._long or self._waiting:
             self._reactor.mark_kick(self)
+
+    def _make(self, begin: int, end: int, owner: Owner) -> None:
+        """Give memory to what is to be written; raises `Busy` when that was enough for a turn."""
+        self._reactor.mark_kick(self)
+        if self._room <= 0:
+            raise self.refuse(owner)
+        self._memory.back(begin, end)
+        self._room -= NEW * max(end - begin, CHUNK)
 
     def abandon(self, owner: Owner) -> None:
         long, self._long = self._long, deque()

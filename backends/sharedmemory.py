@@ -30,10 +30,10 @@ PAGE: Final = mmap.PAGESIZE
 SIZE_MAX: Final = 1 << 46  # bytes; half of what a process can map on x86-64
 CHUNK: Final = 1 << CHUNK_SHIFT  # bytes; what is backed, or may have holes, as a whole
 MAP: Final = PAGE  # where the map begins in the file: a byte for each chunk that there could be
-DATA: Final = 1 << 27  # ... and the disk, behind the largest map
+DATA: Final = 1 << 31  # ... and the disk, behind the largest map
 HEADER: Final = Struct("<8sIQ32s")  # magic, version, size of the disk, digest of whose it is
 MAGIC: Final = b"nbdshmem"
-VERSION: Final = 2
+VERSION: Final = 3
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python does not name it
 
 _ZEROES: Final = memoryview(bytes(CHUNK))
@@ -125,24 +125,33 @@ class SharedMemory:
         return self._mapping.find(b"\0", MAP + (begin >> CHUNK_SHIFT), MAP + _chunks(end)) < 0
 
     def back(self, begin: int, end: int) -> None:
-        """Give memory to every chunk in `begin..end`; raises OSError ENOSPC when there is none."""
+        """Give memory to every chunk in `begin..end`, at least to every page of that.
+
+        Raises OSError ENOSPC when there is none.
+        """
         if self.is_backed(begin, end):
             return
         first, last = begin >> CHUNK_SHIFT, _chunks(end)
-        start, length = DATA + first * CHUNK, (last - first) * CHUNK
+        start, stop = first * CHUNK, last * CHUNK
         # With another worker trimming in there, the chunks get memory but may get holes again at
         # once: then they are not marked.
         alone = self._lock(fcntl.F_WRLCK, first, last)
         try:
-            os.posix_fallocate(self.fd, start, length)
-            if alone:
-                self._mapping[MAP + first : MAP + last] = b"\1" * (last - first)
+            try:
+                self._allocate(start, stop)
+            except OSError:
+                # These pages may be all that there is room for, or have their memory already.
+                start, stop = begin & -PAGE, -(-end // PAGE) * PAGE
+                self._allocate(start, stop)
+            else:
+                if alone:
+                    self._mapping[MAP + first : MAP + last] = b"\1" * (last - first)
         finally:
             if alone:
                 self._unlock(first, last)
         # One call instead of a fault per page; without it (an older kernel) the faults come.
         with suppress(OSError):
-            self._mapping.madvise(MADV_POPULATE_WRITE, start, length)
+            self._mapping.madvise(MADV_POPULATE_WRITE, DATA + start, stop - start)
 
     def trim(self, begin: int, end: int) -> bool:
         """Give back the memory of the whole pages in `begin..end`; they read as zeroes.
@@ -223,6 +232,9 @@ class SharedMemory:
         except BlockingIOError:
             message = f"{self._path} is in use by another process"
             raise OSError(errno.EBUSY, message) from None
+
+    def _allocate(self, begin: int, end: int) -> None:
+        os.posix_fallocate(self.fd, DATA + begin, end - begin)
 
     def _lock(self, kind: int, first: int, last: int) -> bool:
         """Keep the chunks from being given memory (F_RDLCK), or from anything else (F_WRLCK)."""

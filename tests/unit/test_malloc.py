@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from backends import registry
-from backends.api import Disk
-from backends.malloc import BACKEND, SIZE_MAX, STEP, MallocDisk
+from backends.api import DONE, Busy, Channel, Disk
+from backends.malloc import BACKEND, NEW, SIZE_MAX, STEP, MallocDisk
 from backends.sharedmemory import CHUNK, DIRECTORY, PAGE, shared_memory
 from reactor.errors import reason
 from reactor.loop import Reactor
@@ -180,6 +181,47 @@ def test_zeroes_give_memory_back_unless_they_must_not(disk: Open) -> None:
         assert used() == 3 << 20
 
 
+class Writer:
+    """Writes 512 bytes to each of some chunks, in order, whenever the channel has room."""
+
+    def __init__(self, channel: Channel, chunks: Iterable[int]) -> None:
+        self.done = 0
+        self._channel = channel
+        self._left = deque(chunks)
+
+    def resume(self) -> None:
+        with suppress(Busy):
+            while self._left:
+                offset = self._left[0] * CHUNK
+                write = (WRITE, 0, 0, offset, 512, memoryview(b"w" * 512))
+                assert self._channel.submit(write, self) == DONE
+                self._left.popleft()
+                self.done += 1
+
+    def complete(self, *_: object, **__: object) -> None:
+        raise AssertionError("a write is never pending")
+
+
+def test_writes_to_new_memory_leave_turns_to_others(disk: Open, reactor: Reactor) -> None:
+    per_step = STEP // (NEW * CHUNK) + 1
+    memory_disk = disk(1000 * CHUNK)
+    channel = memory_disk.channel(reactor)
+    greedy, patient = Writer(channel, range(900)), Writer(channel, range(900, 1000))
+    greedy.resume()
+    patient.resume()
+    assert (greedy.done, patient.done) == (per_step, 0)
+    turns = []
+    for _ in range(4):
+        before = greedy.done, patient.done
+        reactor.turn()
+        turns.append((greedy.done - before[0], patient.done - before[1]))
+    assert turns == [(per_step, 0), (0, per_step)] * 2
+    while greedy.done + patient.done < 1000:
+        reactor.turn()
+    for chunk in range(1000):
+        assert memory_disk.memory.read(chunk * CHUNK, 1024) == b"w" * 512 + bytes(512)
+
+
 @pytest.mark.parametrize(("command", "flags"), [(TRIM, 0), (ZEROES, 0), (ZEROES, NO_HOLE)])
 def test_a_long_clearing_leaves_turns_to_others(disk: Open, command: int, flags: int) -> None:
     size = 4 * STEP
@@ -249,25 +291,25 @@ def test_the_data_survive_the_worker(disk: Open) -> None:
 
 
 def test_the_holes_are_known_again_after_reopening(disk: Open) -> None:
-    first = disk((6 << 20) + 4096)
-    first.memory.back(0, 2 << 20)
-    first.memory.data[0 : 2 << 20] = b"x" * (2 << 20)
-    first.memory.data[5 << 20 : (5 << 20)] = b""
-    first.memory.back(6 << 20, (6 << 20) + 4096)
-    first.memory.data[6 << 20 : (6 << 20) + 512] = b"y" * 512
+    first = disk(6 * CHUNK + 4096)
+    first.memory.back(0, 2 * CHUNK)
+    first.memory.data[0 : 2 * CHUNK] = b"x" * (2 * CHUNK)
+    first.memory.data[5 * CHUNK : 5 * CHUNK] = b""
+    first.memory.back(6 * CHUNK, 6 * CHUNK + 4096)
+    first.memory.data[6 * CHUNK : 6 * CHUNK + 512] = b"y" * 512
     first.close()
-    second = disk((6 << 20) + 4096)
+    second = disk(6 * CHUNK + 4096)
     assert bytes(second.memory.backed) == b"\1\1\0\0\0\0\1"
 
 
 def test_a_hole_of_one_page_in_each_chunk_is_known_again(disk: Open) -> None:
-    first = disk(6 << 20)
-    first.memory.back(0, 6 << 20)
-    first.memory.data[:] = b"x" * (6 << 20)
+    first = disk(6 * CHUNK)
+    first.memory.back(0, 6 * CHUNK)
+    first.memory.data[:] = b"x" * (6 * CHUNK)
     for chunk in (1, 2, 4):
         first.memory.trim(chunk * CHUNK + PAGE, chunk * CHUNK + 2 * PAGE)
     first.close()
-    assert bytes(disk(6 << 20).memory.backed) == b"\1\0\0\1\0\1"
+    assert bytes(disk(6 * CHUNK).memory.backed) == b"\1\0\0\1\0\1"
 
 
 def test_a_disk_in_use_is_not_opened_again(disk: Open) -> None:
@@ -296,8 +338,8 @@ def test_a_disk_whose_worker_died_in_a_resize_grows_and_is_never_cut(disk: Open,
         (b"x", "is not a memory disk"),
         (b"nbdshmem", "is not a memory disk"),
         (b"nbdshmem" + b"\xff" * 100, "is of version"),
-        (b"nbdshmem\x01\0\0\0" + bytes(100), "is of version 1, not 2"),
-        (b"nbdshmem\x02\0\0\0" + bytes(100), "belongs to another disk"),
+        (b"nbdshmem\x01\0\0\0" + bytes(100), "is of version 1, not 3"),
+        (b"nbdshmem\x03\0\0\0" + bytes(100), "belongs to another disk"),
     ],
 )
 def test_garbage_is_refused_and_kept(disk: Open, content: bytes, problem: str) -> None:

@@ -61,12 +61,12 @@ def in_full_memory(body: str) -> None:
 def test_a_full_memory_is_told_to_the_client_and_reads_go_on() -> None:
     in_full_memory(
         """
-        results = [access.write(i << 20, b"x" * 4096) for i in range(64)]
+        results = [access.write(i << 20, b"x" * (1 << 20)) for i in range(64)]
         assert set(results) == {0, errno.ENOSPC}, results
         kept = [i for i, error in enumerate(results) if not error]
         for i in range(64):
-            expected = b"x" * 4096 if i in kept else bytes(4096)
-            assert access.read(i << 20, 4096) == expected
+            expected = b"x" * (1 << 20) if i in kept else bytes(1 << 20)
+            assert access.read(i << 20, 1 << 20) == expected
         assert not any(access.read(32 << 20, 16 << 20))
         assert access.write(kept[0] << 20, b"y" * (1 << 20)) == 0
         assert access.write(0, b"z" * (32 << 20)) == errno.ENOSPC
@@ -115,6 +115,23 @@ def test_what_was_trimmed_and_taken_by_others_is_an_error_and_not_a_crash() -> N
     )
 
 
+def test_what_is_left_of_a_trimmed_chunk_is_overwritten_in_a_full_memory() -> None:
+    in_full_memory(
+        """
+        assert access.write(0, b"x" * (4 << 20)) == 0
+        for i in range(64):
+            assert access.trim(i << 16, 4096) == 0
+        take_the_rest()
+        for i in range(64):
+            assert access.write((i << 16) + 4096, b"y" * 4096) == 0
+            assert access.write((i << 16) + 8192 + 512, b"y" * 512) == 0
+            assert access.write(i << 16, b"z" * 4096) == errno.ENOSPC
+            expected = bytes(4096) + b"y" * 4096 + b"x" * 512 + b"y" * 512 + b"x" * 3072
+            assert access.read(i << 16, 12288) == expected
+        """
+    )
+
+
 def test_a_disk_larger_than_the_memory_is_found_again_when_it_is_full() -> None:
     in_full_memory(
         """
@@ -129,6 +146,7 @@ def test_a_disk_larger_than_the_memory_is_found_again_when_it_is_full() -> None:
             access = Access(again)
             data = access.read(0, 32 << 20)
             assert data.count(b"x") >= 7 << 20
+            take_the_rest()
             assert access.write(40 << 20, b"y" * 512) == errno.ENOSPC
             assert access.write(0, b"y" * 512) == 0
         """

@@ -19,7 +19,7 @@ from tests.unit.requests import EVERYTHING, READ_ONLY, replies, request
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES = range(7)
 FUA = 1
-SIZE = 4 * CHUNK
+SIZE = 4 << 20
 INSTANCE = f"shortcut-{os.getpid()}"
 
 
@@ -135,12 +135,12 @@ def test_a_write_cut_off_in_its_place_is_not_answered(disk: MallocDisk) -> None:
 
 def test_a_write_whose_place_lost_its_memory_fails_alone(disk: MallocDisk) -> None:
     disk.memory.back(0, SIZE)
-    stream = request(WRITE, 2 * CHUNK, cookie=1 << 63, payload=bytes(CHUNK))
+    stream = request(WRITE, 2 << 20, cookie=1 << 63, payload=bytes(1 << 20))
     with serve(disk) as pump:
         pump.send(stream[:500_000])
         pump.turns()
         path = shared_memory("disk", INSTANCE)
-        os.truncate(path, path.stat().st_size - SIZE + CHUNK)  # as if /dev/shm were full
+        os.truncate(path, path.stat().st_size - SIZE + (1 << 20))  # as if /dev/shm were full
         pump.send(stream[500_000:] + request(READ, 0, 512, cookie=2))
         assert answers(pump, 2, {2: 512}) == {1 << 63: (errno.ENOSPC, b""), 2: (0, bytes(512))}
 
