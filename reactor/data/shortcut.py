@@ -98,9 +98,11 @@ class MemoryShortcut:
                 not 0 < length <= MAX_PAYLOAD
                 or (offset | length) & unaligned
                 or stop > size
-                or not backed[offset >> CHUNK_SHIFT]
-                or not backed[(stop - 1) >> CHUNK_SHIFT]
-                or (length > CHUNK and not memory.is_backed(offset, stop))
+                or not (
+                    backed[offset >> CHUNK_SHIFT] and backed[(stop - 1) >> CHUNK_SHIFT]
+                    if length <= CHUNK
+                    else memory.is_backed(offset, stop)
+                )
             ):
                 break
             if kind == PLAIN_READ:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Final
 
 from loads import Generator, Measures
-from servers import Server
+from servers import EMPTY_DISK, Server
 
-#: What the neighbours do; the generator's options for each of them.
-NEIGHBOURS: Final[Mapping[str, list[list[str]]]] = {
-    "alone": [],
-    "a writer, 128 x 4 KiB": [["--reads=0", "--depth=128"]],
-    "a writer, 128 x 128 KiB": [["--reads=0", "--depth=128", "--bytes=131072"]],
-    "8 writers, 32 x 4 KiB": [["--reads=0", "--depth=32"]] * 8,
+#: What the neighbours do: the generator's options for each, by the number of its disk.
+NEIGHBOURS: Final[Mapping[str, Mapping[int, list[str]]]] = {
+    "alone": {},
+    "a writer, 128 x 4 KiB": {1: ["--reads=0", "--depth=128"]},
+    "a writer, 128 x 128 KiB": {1: ["--reads=0", "--depth=128", "--bytes=131072"]},
+    "8 writers, 32 x 4 KiB": {disk: ["--reads=0", "--depth=32"] for disk in range(1, 9)},
+    "a writer, 128 x 4 KiB, all to new memory": {EMPTY_DISK: ["--reads=0", "--depth=128"]},
 }
 SETTLING: Final = 0.2  # of the time, before and after, when only the neighbours are busy
 
@@ -38,7 +39,7 @@ def measure_fairness(
 
 
 def _read_beside(
-    program: Path, core: int, server: Server, neighbours: list[list[str]], seconds: float
+    program: Path, core: int, server: Server, neighbours: Mapping[int, list[str]], seconds: float
 ) -> Measures:
     def connect(number: int, options: list[str]) -> Generator:
         path = Path(f"{server.place.socket}-{number}")
@@ -54,7 +55,7 @@ def _read_beside(
         busy = seconds * (1 + 2 * SETTLING)
         writers = [
             connect(number, [*options, f"--seconds={busy}"])
-            for number, options in enumerate(neighbours, 1)
+            for number, options in neighbours.items()
         ]
         with ThreadPoolExecutor(len(writers) + 1) as pool:
             written = [pool.submit(writer.run, busy) for writer in writers]

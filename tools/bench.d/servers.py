@@ -28,6 +28,8 @@ EXPORT: Final = "bench"
 START_SECONDS: Final = 30.0
 OURS: Final = "nbd-reactor"
 MANY_DISKS: Final = 64
+EMPTY_DISK: Final = MANY_DISKS - 1  # a large one, of which most was never written
+EMPTY_MIB: Final = 2048  # its size, or a quarter of the memory that is free
 MANY: Final = f"{OURS}, {MANY_DISKS} disks"
 FLOOR: Final = "floor"
 
@@ -78,8 +80,11 @@ def _reactor_disk(*keys: str, options: Sequence[str] = ()) -> Command:
 
 def reactor_with_many_disks(place: Place) -> list[str]:
     """Return the command for a service with many disks, all empty, on sockets `socket-N`."""
-    disk = "  d{0}: {{backend: malloc, size: 64MiB, listen: unix:{1}-{0}}}\n"
-    return _reactor(place, "".join(disk.format(n, place.socket) for n in range(MANY_DISKS)))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    sizes = [64] * EMPTY_DISK + [max(64, min(EMPTY_MIB, free // 4))]
+    disk = "  d{0}: {{backend: malloc, size: {1}MiB, listen: unix:{2}-{0}}}\n"
+    disks = (disk.format(number, size, place.socket) for number, size in enumerate(sizes))
+    return _reactor(place, "".join(disks))
 
 
 def _nbdkit(*plugin: str) -> Command:
