@@ -295,12 +295,15 @@ class Backend(ABC):
         block_size: int | None,
         readonly: bool,
         shared: bool,
+        least: int,
     ) -> Disk:
         """Open or make the disk; raises OSError with a clear text, EBUSY when others use it.
 
         `instance` names this service on the host: what outlives a worker (shared memory) carries
         it in its name, so that the next worker finds it and no other service does. `shared`: other
-        workers of this service open the same disk; only for a disk that `can_share`.
+        workers of this service open the same disk; only for a disk that `can_share`. `least`: the
+        bytes that the disk's storage had when it was last open. What keeps data must fail when it
+        has less now, and neither make nor grow it: somebody may rely on it. 0: it may be made.
         """
 
     @classmethod

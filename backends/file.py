@@ -201,9 +201,12 @@ class FileBackend(Backend):
         block_size: int | None,
         readonly: bool,
         shared: bool,
+        least: int = 0,
     ) -> Disk:
         sharers = mark_of(name, instance) if shared else None
-        opened = open_file(options, block_size=block_size, readonly=readonly, sharers=sharers)
+        opened = open_file(
+            options, block_size=block_size, readonly=readonly, sharers=sharers, least=least
+        )
         try:
             return FileDisk(name, opened, reactor, readonly=readonly)
         except BaseException:

@@ -65,10 +65,12 @@ def open_file(
     block_size: int | None,
     readonly: bool,
     sharers: int | None = None,
+    least: int = 0,
 ) -> OpenFile:
     """Open, create or grow the file of a disk; raises OSError that names it and says why.
 
     `sharers` is the mark (see `filelock`) of the workers that share the disk, if several do.
+    `least`: bytes that it must have; only with 0 it is created.
     """
     path = str(options["path"])
     wanted = options.get("size")
@@ -81,6 +83,8 @@ def open_file(
             raise _error(errno.ENOENT, path, "no such file, and no size to create it") from None
         if readonly:
             raise _error(errno.ENOENT, path, "no such file, and the disk is read-only") from None
+        if least:
+            raise _error(errno.ENOENT, path, _lost("is gone", least)) from None
         _create(path, wanted)
         status = Path(path).stat()
     is_device = _require_storage(path, status)
@@ -94,6 +98,7 @@ def open_file(
         if block_size < smallest:
             problem = f"the block size {block_size} is below the {smallest} that I/O here needs"
             raise _error(errno.EINVAL, path, problem)
+        _require_bytes(fd, path, least)
         size = _size(fd, path, wanted, block_size, is_device=is_device, readonly=readonly)
         if direct:
             _try_direct(fd, path, block_size)
@@ -130,6 +135,19 @@ def try_to_read(path: str) -> None:
 
 def _error(number: int, path: str, problem: str) -> OSError:
     return OSError(number, problem, path)
+
+
+def _require_bytes(fd: int, path: str, least: int) -> None:
+    available = os.lseek(fd, 0, os.SEEK_END)
+    if available < least:
+        raise _error(errno.EINVAL, path, _lost(f"has only {available} bytes", least))
+
+
+def _lost(problem: str, least: int) -> str:
+    return (
+        f"{problem}, and had at least {least} when the disk was last open: mount or restore it,"
+        " then start the disk; one that is stopped, then started, takes what is there or a new one"
+    )
 
 
 def _create(path: str, size: int) -> None:

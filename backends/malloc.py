@@ -178,13 +178,14 @@ class MallocBackend(Backend):
         block_size: int | None,
         readonly: bool,
         shared: bool,
+        least: int = 0,
     ) -> Disk:
         size = options["size"]
         assert isinstance(size, int)
         block_size = block_size or BLOCK_SIZE
         _check_size(size, block_size)
         path, identity = shared_memory(name, instance), _identity(name, instance)
-        memory = SharedMemory(path, identity, size, shared=shared)
+        memory = SharedMemory(path, identity, size, shared=shared, least=least)
         return MallocDisk(name, len(memory.data), block_size, readonly=readonly, memory=memory)
 
     @classmethod

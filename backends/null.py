@@ -60,6 +60,7 @@ class NullBackend(Backend):
         block_size: int | None,
         readonly: bool,
         shared: bool,
+        least: int = 0,
     ) -> Disk:
         size = options.get("size", DEFAULT_SIZE)
         assert isinstance(size, int)

@@ -76,21 +76,30 @@ class SharedMemory:
     """The memory of one disk, made or found. Raises OSError with a clear text.
 
     `backed` has a byte per chunk: 1 when every page of the chunk has memory. It and `data` are new
-    ones after a resize. `shared`: other processes use the memory at the same time.
+    ones after a resize. `shared`: other processes use the memory at the same time. `least`: bytes
+    that the disk must have; only with 0 it is made.
     """
 
     data: memoryview
     backed: memoryview
 
-    def __init__(self, path: Path, identity: bytes, size: int, *, shared: bool) -> None:
+    def __init__(
+        self, path: Path, identity: bytes, size: int, *, shared: bool, least: int = 0
+    ) -> None:
         self._path = path
         self._shared = shared
         self._digest = hashlib.sha256(identity).digest()
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if least else os.O_CREAT)
+        try:
+            self.fd = os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            raise _lost(path, "is gone", least) from None
         self.made = False  # it held no disk before
         try:
             self._claim()
             found = self._size_found()
+            if (found or 0) < least:
+                raise _lost(path, f"has only {found or 0} bytes", least)
             self.made = found is None
             if found is None:
                 self._make(size)
@@ -290,6 +299,14 @@ class SharedMemory:
 
     def _write_header(self, size: int) -> None:
         os.pwrite(self.fd, HEADER.pack(MAGIC, VERSION, size, self._digest), 0)
+
+
+def _lost(path: Path, problem: str, least: int) -> OSError:
+    message = (
+        f"the disk's memory {path} {problem}, and had at least {least} when it was last open:"
+        " a disk that is stopped, then started, gets new memory"
+    )
+    return OSError(errno.ENOENT, message)
 
 
 def _chunks(end: int) -> int:

@@ -27,8 +27,15 @@ COMMANDS: Final[dict[str, dict[str, type]]] = {
     "inquire": {"id": int, "controller": int},
     "welcome": {"controller": int},  # the hello was taken, by the controller of this pid
     # Open the disk. `shared`: other workers open it too. `leads`: serve its listeners, and spread
-    # the clients over the workers of the cores `members`.
-    "start": {"id": int, "spec": dict, "shared": bool, "leads": bool, "members": list},
+    # the clients over the workers of the cores `members`. `least`: see `Backend.create`.
+    "start": {
+        "id": int,
+        "spec": dict,
+        "shared": bool,
+        "leads": bool,
+        "members": list,
+        "least": int,
+    },
     "stop": {**_DISK, "seconds": float},  # drain for at most so long, then release everything
     "release": {**_DISK, "seconds": float},  # drain, then close the kernel's connections
     "remove": {**_DISK},  # hot remove: from now on refuse its I/O

@@ -17,6 +17,7 @@ from reactor.control.plan import Machine, Placement, place, place_all
 from reactor.control.platform import Platform
 from reactor.control.readiness import tell_ready
 from reactor.control.saved import SavedState, Wish, reconfigured, wishes_at_start
+from reactor.control.saving import Saving
 from reactor.control.service import DiskStatus, Done, WorkerStatus
 from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess, counters
@@ -59,14 +60,18 @@ class Controller:
         self._disks: dict[str, DiskControl] = {}
         self._configured: dict[str, DiskSpec] = {}  # as the config gave them
         self._successors: dict[str, DiskSpec] = {}  # made when the disk of that name is gone
-        self._saved: SavedState | None = None
-        self._unsaved: OSError | None = None  # why it could not be saved, which was said
+        self._saving = Saving(platform, self._save)
         self._took_over = False  # what a dead controller left
         self._suspects: tuple[int, ...] = ()  # cores whose workers may have any disk
         self._ticks = 0
         self._ready = self._reloading = self._stopping = self._forced = False
         self._host = Host(
-            platform, self._save, self._on_settled, self._may_attach, self._is_succeeded
+            platform,
+            self._save,
+            self._saving.soon,
+            self._on_settled,
+            self._may_attach,
+            self._is_succeeded,
         )
         self._left_devices = LeftDevices(platform, self._step_waiting)
         self._bus = platform.connect(self._on_event)
@@ -278,8 +283,12 @@ class Controller:
             return
         log.info("stopping")
         notify("STOPPING=1\nSTATUS=stopping")
-        self._stopping = True
         self.keeps = self.keeps or keep
+        if not self.keeps:  # memory goes with the disks, and so may this process before its end
+            for disk in self._disks.values():
+                disk.made = 0
+            self._save()
+        self._stopping = True
         self._successors.clear()
         self.reactor.call_later(STOP_SECONDS, self._force)
         for disk in list(self._disks.values()):
@@ -352,8 +361,10 @@ class Controller:
         spec = self._successors.pop(disk.spec.name, None)
         try:
             if spec is not None:
-                known = spec.same_storage(disk.spec) and disk.has_storage
-                self._add(Wish(spec, place(spec, self._placed(), self._machine)), known=known)
+                wish = Wish(spec, place(spec, self._placed(), self._machine))
+                same = spec.same_storage(disk.spec)
+                wish = replace(wish, made=disk.wish.made if same else 0)
+                self._add(wish, known=same and disk.has_storage)
         except OSError as error:
             log.error("%s", reason(error))
             disk.discard()
@@ -443,16 +454,7 @@ class Controller:
             return  # those that are stopped now are to come back, should this process die
         wishes = tuple(disk.wish for disk in self._disks.values())
         state = SavedState(wishes, dict(self._successors), self._configured)
-        if state == self._saved:
-            return
-        try:
-            self._platform.save(state.encode(self._platform.instance))
-        except OSError as error:
-            if self._unsaved is None:
-                log.error("a controller that starts now would not know all: %s", reason(error))
-            self._unsaved = error
-        else:
-            self._saved, self._unsaved = state, None
+        self._saving.save(state)
 
     def _when_saved(self, done: Done) -> Done:
         """Return a `done` that tells no success that the next controller would not know of."""
@@ -462,9 +464,9 @@ class Controller:
             overtaken = error is None or getattr(error, "errno", None) == errno.ECANCELED
             if self._stopping and overtaken:
                 error = OSError(errno.ESHUTDOWN, "the service stops; it may not be done")
-            elif error is None and self._unsaved is not None:
-                why = f"it is done, but cannot be saved for a restart: {reason(self._unsaved)}"
-                error = OSError(self._unsaved.errno, why)
+            elif error is None and (unsaved := self._saving.error) is not None:
+                why = f"it is done, but cannot be saved for a restart: {reason(unsaved)}"
+                error = OSError(unsaved.errno, why)
             done(error)
 
         return answer

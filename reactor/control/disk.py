@@ -18,6 +18,7 @@ from reactor.control.answers import Answers
 from reactor.control.errand import Errand
 from reactor.control.link import DeviceLink
 from reactor.control.platform import Platform
+from reactor.control.resize import Resize
 from reactor.control.saved import Desired, Wish
 from reactor.control.service import DiskState, DiskStatus, Done
 from reactor.control.shares import Share, Shares
@@ -41,18 +42,10 @@ class Host:
 
     platform: Platform
     save: Callable[[], None]  # keep what the disks should be, before anything is done for it
+    save_soon: Callable[[Callable[[], None]], None]  # ... with others; and what goes on then
     on_settled: Callable[[DiskControl], None]  # a disk is what it should be, or failed
     may_attach: Callable[[DiskControl], bool]  # no other disk goes first
     is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage
-
-
-@dataclass(frozen=True, slots=True)
-class Resize:
-    """Another size that was asked for. Sizes in bytes."""
-
-    size: int
-    done: Done
-    before: int  # the size that the spec named
 
 
 class DiskControl:
@@ -71,6 +64,7 @@ class DiskControl:
         self.desired: Desired = wish.desired
         self.keep_device = False  # stop the disk, but let the kernel hold its device
         self.forced = False  # stop without writing back
+        self.made = wish.made  # 0: its storage may be made anew, should it be gone
         self.failure: Exception | None = None
         self.settled = False
         self._host = host
@@ -182,8 +176,8 @@ class DiskControl:
     @property
     def wish(self) -> Wish:
         """What it should be."""
-        former = (core for core, worker in self._former.items() if not worker or worker.unknown)
-        return Wish(self.spec, self.placement, self.desired, self._hot, tuple(former))
+        former = tuple(core for core, w in self._former.items() if not w or w.unknown)
+        return Wish(self.spec, self.placement, self.desired, self._hot, former, self.made)
 
     @property
     def path(self) -> str | None:
@@ -273,6 +267,7 @@ class DiskControl:
         """Take over a device that the kernel still holds for the disk."""
         log.info("disk %s: the kernel still holds %s", self.spec.name, device.path)
         self._link.adopt(device, self.spec)
+        self.made = self.made or 1  # also when the state was lost
 
     def found(self, share: Share, report: Mapping[str, Any] | None, asked_ns: int) -> bool:
         """Note what a worker had of the disk when it was asked; False: what it must not have."""
@@ -305,6 +300,8 @@ class DiskControl:
         """Do the next thing, if nothing is awaited."""
         if self.desired == "gone" and self.settled:
             return  # what has its name and its memory now is another disk
+        if self._learns_made():
+            return
         self._save()
         if self._shares.unknown or self._awaited_former():
             return
@@ -324,6 +321,21 @@ class DiskControl:
     def _awaited_former(self) -> list[WorkerProcess]:
         return [w for w in self._former.values() if w is not None and w.unknown]
 
+    def _learns_made(self) -> bool:
+        """Note what its storage has. Whether that waits to be saved, before anyone relies on it."""
+        if not self._rising() or self._resize is not None or not self._shares.opened:
+            return False
+        size = self._shares.common_geometry.size
+        if size == self.made:
+            return False
+        self.made = size
+        self._host.save_soon(self._saved_made)
+        return True
+
+    def _saved_made(self) -> None:
+        self._saved = self.wish
+        self.step()
+
     def _save(self) -> None:
         if self._saved != self.wish:
             self._saved = self.wish
@@ -341,7 +353,7 @@ class DiskControl:
         if not astray:
             link.stay()
         shares.give_up_failed()
-        shares.open_next(self.spec)
+        shares.open_next(self.spec, self.made)
         if self._errand.busy() or self.failure is not None:
             return
         if self._resize is None:
@@ -364,37 +376,23 @@ class DiskControl:
             self._settle()
 
     def _resize_step(self, resize: Resize) -> None:
-        device, link, shares, size = self._link.device, self._link, self._shares, resize.size
-
-        def finish(error: Exception | None) -> None:
-            self._resize = None
-            resize.done(error)
+        def keep() -> None:
+            self.spec = self.spec.with_size(resize.size)
+            self.made = min(self.made, resize.size)
+            self._save()
 
         def refused(error: Exception) -> None:
             self.spec = self.spec.with_size(resize.before)
-            link.fitted = False  # should the kernel have the new size already
+            self._link.fitted = False  # should the kernel have the new size already
             finish(error)
 
-        def resize_device(then: Callable[[], None]) -> None:
-            if device is None:
-                then()
-                return
-            geometry = replace(shares.geometry, size=size)
-            link.resize(
-                device, geometry, lambda error: finish(error) if error is not None else then()
-            )
+        def finish(error: Exception | None) -> None:
+            self._resize = None
+            if error is None:
+                self.made = self._shares.common_geometry.size
+            resize.done(error)
 
-        def resize_disk(then: Callable[[], None]) -> None:
-            # First: should a worker die in the middle, the next one opens what is wanted.
-            self.spec = self.spec.with_size(size)
-            self._save()
-            shares.resize(size, then, refused)
-
-        # The kernel must never believe in blocks that the disk does not have.
-        if size >= shares.geometry.size:
-            resize_disk(lambda: resize_device(lambda: finish(None)))
-        else:
-            resize_device(lambda: resize_disk(lambda: finish(None)))
+        resize.begin(self._link, self._shares, keep=keep, refused=refused, finish=finish)
 
     # --- falling ---
 
@@ -424,10 +422,12 @@ class DiskControl:
         if not unwritten or not device.can_reconnect or self._shares.hopeless:
             link.release(device, write_back=self._writes_back())
         elif not link.reconnect(device):
-            self._shares.open_next(self.spec)
+            self._shares.open_next(self.spec, self.made)
 
     def discard(self) -> None:
         """Remove what the disk keeps outside its worker."""
+        self.made = 0
+        self._save()
         try:
             self._host.platform.discard(self.spec.backend, self.spec.name)
         except (OSError, ReactorError) as error:
@@ -476,6 +476,8 @@ class DiskControl:
         if self.settled:
             return
         self.settled = True
+        if self.desired == "stopped":
+            self.made = 0  # a way out, should its storage be gone
         failure = self.failure if self.desired == "online" else None
         if self._attaching is not None:
             attaching, self._attaching = self._attaching, None

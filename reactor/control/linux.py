@@ -35,6 +35,7 @@ class Linux:
     def __init__(self, reactor: Reactor, options: Options, runtime: RuntimeDir) -> None:
         self.reactor = reactor
         self.instance = runtime.instance
+        self.boot = runtime.boot
         self.pid = os.getpid()
         self.cpus = os.cpu_count() or 1
         self._runtime = runtime

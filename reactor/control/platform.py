@@ -67,6 +67,7 @@ class Platform(Protocol):
 
     reactor: Reactor
     instance: str  # the service's name on this host
+    boot: str  # names the time since the host was booted
     pid: int  # this process
     cpus: int  # all that there are, not only those of the workers
 

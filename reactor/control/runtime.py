@@ -21,6 +21,7 @@ from reactor.log import logger
 
 #: The longest file in it that is a socket, `worker-NNN.sock`, must fit in struct sockaddr_un.
 PATH_MAX: Final = 107 - len("/worker-1023.sock")
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 STATE: Final = "state.json"
 OUTDATED: Final = "state-outdated.json"  # what it is called while the state cannot be saved
 LINE_MAX: Final = 8192  # bytes of a lock file
@@ -70,6 +71,7 @@ class RuntimeDir:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         self.instance = self._read_instance()
+        self.boot = BOOT_ID.read_text().strip()
 
     def surviving_workers(self) -> list[LeftWorker]:
         """Find the living workers of a controller that died."""
@@ -87,7 +89,7 @@ class RuntimeDir:
     def _load(self, path: Path) -> SavedState | None:
         try:
             with _opened(path) as file:
-                return decode(file.read(STATE_MAX), self.instance)
+                return decode(file.read(STATE_MAX), self.instance, self.boot)
         except FileNotFoundError:
             return None
         except (OSError, ReactorError, ValueError, LookupError, TypeError) as error:

@@ -27,6 +27,7 @@ class Wish:
     desired: Desired = "online"
     hot: bool = False  # removed, not stopped: what is written back would fail anyway
     former: tuple[int, ...] = ()  # other cores, of whose workers one may still have it open
+    made: int = 0  # bytes that its storage had when it was last open; 0: it may be made
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,12 @@ class SavedState:
     configured: Mapping[str, DiskSpec] = field(default_factory=dict)
     complete: bool = True  # all that came later was saved too
 
-    def encode(self, instance: str) -> bytes:
-        """Return the bytes to keep."""
+    def encode(self, instance: str, boot: str) -> bytes:
+        """Return the bytes to keep. `boot` names the time since the host was booted."""
         content = {
             "version": VERSION,
             "instance": instance,
+            "boot": boot,
             "disks": [
                 {
                     "spec": wish.spec.to_message(),
@@ -51,6 +53,7 @@ class SavedState:
                     "desired": wish.desired,
                     "hot": wish.hot,
                     "former": list(wish.former),
+                    "made": wish.made,
                 }
                 for wish in self.wishes
             ],
@@ -61,8 +64,12 @@ class SavedState:
         return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode()
 
 
-def decode(data: bytes, instance: str) -> SavedState:
-    """Return what `encode` made; raises ReactorError that says what is wrong with the bytes."""
+def decode(data: bytes, instance: str, boot: str) -> SavedState:
+    """Return what `encode` made; raises ReactorError that says what is wrong with the bytes.
+
+    After another boot memory disks are gone, and images that were not synced: who relied on them
+    is gone too, so all may be made again.
+    """
     digest, _, text = data.partition(b"\n")
     if hashlib.sha256(text.removesuffix(b"\n")).hexdigest().encode() != digest:
         raise ReactorError("it is torn or was edited")
@@ -71,8 +78,11 @@ def decode(data: bytes, instance: str) -> SavedState:
         raise ReactorError(f"it is of version {content['version']}, not {VERSION}")
     if content["instance"] != instance:
         raise ReactorError(f"it is of another service, {content['instance']}")
+    wishes = (_wish(plain) for plain in content["disks"])
+    if content.get("boot") != boot:
+        wishes = (replace(wish, made=0) for wish in wishes)
     return SavedState(
-        tuple(_wish(plain) for plain in content["disks"]),
+        tuple(wishes),
         _by_name(content["successors"]),
         _by_name(content["configured"]),
     )
@@ -86,7 +96,8 @@ def _by_name(plain: Sequence[Mapping[str, Any]]) -> dict[str, DiskSpec]:
 def _wish(plain: Mapping[str, Any]) -> Wish:
     placement = Placement(plain["core"], tuple(plain["connections"]))
     spec, former = DiskSpec.from_message(plain["spec"]), tuple(plain["former"])
-    return Wish(spec, placement, plain["desired"], plain["hot"], former)
+    made = plain.get("made", 0)  # an older release did not know
+    return Wish(spec, placement, plain["desired"], plain["hot"], former, made)
 
 
 def reconfigured(running: DiskSpec, before: DiskSpec | None, now: DiskSpec) -> DiskSpec:

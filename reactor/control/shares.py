@@ -164,8 +164,11 @@ class Shares:
             if share.worker.state == "failed":
                 self._give_up(share, ReactorError(share.worker.failure))
 
-    def open_next(self, spec: DiskSpec) -> None:
-        """Have the disk opened by the first that has yet to and whose worker runs, if any."""
+    def open_next(self, spec: DiskSpec, least: int) -> None:
+        """Have the disk opened by the first that has yet to and whose worker runs, if any.
+
+        `least`: bytes that its storage must have; 0: it may be made.
+        """
         core, *members = self.cores
         running = [share for share in self.closed if share.worker.state == "running"]
         if not running:
@@ -198,6 +201,7 @@ class Shares:
             shared=self._shared,
             leads=leads,
             members=members if leads else [],
+            least=least,
         )
 
     def resize(

@@ -63,6 +63,7 @@ class ServedDisk:
         instance: str,
         *,
         shared: bool,
+        least: int,  # bytes that its storage must have, 0: it may be made
         on_removed: Callable[[ServedDisk, str], None],
         on_disconnected: Callable[[ServedDisk, int, str], None],
         memory: ClientMemory | None = None,
@@ -93,6 +94,7 @@ class ServedDisk:
             block_size=spec.block_size,
             readonly=spec.readonly,
             shared=shared,
+            least=least,
         )
         try:
             self._descriptor = self.disk.open(self._on_event, write=not self.disk.readonly)

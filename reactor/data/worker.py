@@ -188,7 +188,7 @@ class Worker:
         served = self._disks.get(spec.name)
         if served is None:
             try:
-                served = self._open(spec, shared=message["shared"])
+                served = self._open(spec, shared=message["shared"], least=message["least"])
             except OSError as error:
                 if error.errno not in RETRIED or not tries:
                     raise
@@ -231,12 +231,13 @@ class Worker:
             flags=export.flags,
         )
 
-    def _open(self, spec: DiskSpec, *, shared: bool) -> ServedDisk:
+    def _open(self, spec: DiskSpec, *, shared: bool, least: int) -> ServedDisk:
         return ServedDisk(
             self._reactor,
             spec,
             self._instance,
             shared=shared,
+            least=least,
             on_removed=self._on_removed,
             on_disconnected=self._on_disconnected,
             memory=self._memory,

@@ -44,6 +44,7 @@ class Host:
         self.version = 1  # of the program that is installed
         self.controller_pid = 0  # of the living one
         self.saved: bytes | None = None
+        self.boots = 1
         self.saves = 0  # how often that was replaced
         self.unsaved = False  # there is something that could not be saved
         self.core_locks: dict[int, WorkerProcess] = {}
@@ -83,6 +84,7 @@ class Host:
         self.world.note("--- the host loses power; the saved state is left: %s ---", keeps_state)
         for process in list(self.processes.values()):
             process.vanish()
+        self.boots += 1
         self.core_locks.clear()
         self._mailboxes.clear()
         self.driver.crash()

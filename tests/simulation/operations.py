@@ -38,6 +38,7 @@ class Operator:
         for spec in config:
             self.subjects[spec.name].is_configured(spec)
         self._look()
+        host.store.on_made_anew = lambda name: self.subjects[name].application.forget()
 
     # --- what it knows ---
 
@@ -56,6 +57,7 @@ class Operator:
             if status is not None and status.state == "online":
                 self._host.causes.is_online(name)
                 subject.changing = subject.changing and self._host.unsaved
+                self._rely_on(subject, status.spec)
             if self._stopping or controller is None or subject.asking in FALLING:
                 busy = True
             else:
@@ -64,6 +66,11 @@ class Operator:
                 self.excuse(name)
             elif self._world.now - subject.excused_at > EXCUSED_SECONDS * NS:
                 subject.excused = False
+
+    def _rely_on(self, subject: Subject, spec: DiskSpec) -> None:
+        store = self._host.store
+        if not (self._stopping or subject.asking or self._host.unsaved):
+            store.relied_on.add(store.key(spec.backend, spec.name, spec.options))
 
     def _leaves_nothing(self, exit_status: int) -> bool:
         """Whether it is a strict start that failed, and had found nothing to leave as it was."""
@@ -74,6 +81,8 @@ class Operator:
         if device.was_ioctl or subject.excused or device.gave_up_at == self._world.now:
             return
         if controller is not None and self._leaves_nothing(controller.exit_status):
+            return
+        if subject.keys & self._host.store.lost.keys():
             return
         self._world.violate(f"an I/O error {error} on {device.path}, disk {name}")
 
@@ -133,6 +142,8 @@ class Operator:
         if self._host.unsaved and self._host.saved is None:
             # What is left of them is nobody's to remove.
             self._host.store.forgotten.update(self.subjects)
+        if self._host.unsaved:
+            self._host.store.relied_on.clear()
         for subject in self.subjects.values():
             if self._host.unsaved and subject.backend == "null":
                 # It may have been moved, and no lock keeps it to one worker.
@@ -176,6 +187,7 @@ class Operator:
         if subject.ends == {"gone"}:
             return
         self.excuse(subject.name)
+        subject.allow_new()
         done = self._begin(subject, "stop", lambda: self._becomes(subject, "stopped"))
         subject.ends.add("stopped")
         self._service.controller.stop(subject.name, done)
@@ -380,6 +392,7 @@ class Operator:
             if now.get(name) == before.get(name):
                 continue
             subject.forget_details()
+            subject.allow_new()
             subject.changing = True
             if name in now:
                 self.excuse(name)

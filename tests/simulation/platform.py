@@ -49,6 +49,7 @@ class SimulatedPlatform:
         self.host = host
         self.world = host.world
         self.instance = INSTANCE
+        self.boot = str(host.boots)
         self.pid = host.new_pid()
         self.cpus = host.cpus
         self.dead = False

@@ -148,6 +148,7 @@ class Scenario:
             (self._stop_worker, 3),
             (self._pause_controller, 2),
             (self._remove_storage, 1),
+            (self._lose_storage, 2),
             (self._hang_storage, 2),
             (self._refuse_storage, 1),
             (self._kill_all, 2),
@@ -253,6 +254,31 @@ class Scenario:
             if process.worker is not None and name in process.worker.disks:
                 self.operator.excuse(name)
                 process.worker.remove_storage(process.worker.disks[name].storage, "it vanished")
+
+    def _lose_storage(self) -> None:
+        """Move storage away, or cut it, while nobody serves it; memory also while somebody does."""
+        storage, chance = self.host.store.pick(), self.world.chance
+        if storage is None or storage.key.startswith("null"):
+            return
+        name = storage.key.rpartition("/")[2].removeprefix("malloc ")
+        self.operator.excuse(name)
+        is_file = storage.key.startswith("file")
+        if is_file or chance(0.5):
+            for process in list(storage.openers):
+                process.send_signal(signal.SIGKILL)
+        if is_file and chance(0.3) and not self.host.unsaved:
+            self.host.store.cut(storage)
+        else:
+            self.host.store.lose(storage)
+        if chance(0.5):
+            self.service.die()
+        if chance(0.7):
+            seconds = self.world.between(0.5, 30)
+            self.world.after(seconds, self._bring_back, name, storage.key)
+
+    def _bring_back(self, name: str, key: str) -> None:
+        self.operator.excuse(name)
+        self.host.store.bring_back(key)
 
     def _hang_storage(self) -> None:
         storage = self.host.store.pick()

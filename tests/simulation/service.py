@@ -51,7 +51,7 @@ class Service:
         self._host.controller_pid = platform.pid
         self._host.causes.new_controller()
         state = self._host.saved
-        found = saved.decode(state, INSTANCE) if state is not None else None
+        found = saved.decode(state, INSTANCE, platform.boot) if state is not None else None
         if found is not None and self._host.unsaved:
             found = replace(found, complete=False)
         self.took_over = found is not None and bool(found.wishes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.simulation.faults import NO_MEMORY, Faults
 from tests.simulation.world import World
 
 BLOCK_SIZE = 4096
+LOST = "is gone or cut short"
 
 
 class Storage:
@@ -20,6 +22,7 @@ class Storage:
     def __init__(self, key: str, size: int) -> None:
         self.key = key
         self.size = size
+        self.cut_from = 0  # bytes that it had before someone cut it
         self.hung = False  # the medium does nothing
         self.blocks: dict[int, int] = {}  # as every process sees them
         self._durable: dict[int, int] = {}  # what the host cannot lose
@@ -51,6 +54,9 @@ class Store:
         self._causes = causes
         self._storages: dict[str, Storage] = {}
         self.forgotten: set[str] = set()  # disks of which a controller knew what it could not save
+        self.lost: dict[str, Storage] = {}  # by key: moved away
+        self.relied_on: set[str] = set()  # keys of what must not be made again
+        self.on_made_anew: Callable[[str], None] = lambda disk: None
         self.refusals: dict[str, OSError] = {}  # by disk: why it cannot be opened now
 
     @staticmethod
@@ -60,9 +66,10 @@ class Store:
 
     def find(self, spec: DiskSpec) -> Storage | None:
         """Return the storage of a disk, if there is one."""
-        return self._storages.get(self.key(spec.backend, spec.name, spec.options))
+        key = self.key(spec.backend, spec.name, spec.options)
+        return self._storages.get(key) or self.lost.get(key)
 
-    def open(self, process: Any, spec: DiskSpec, *, shared: bool) -> Storage:
+    def open(self, process: Any, spec: DiskSpec, *, shared: bool, least: int) -> Storage:
         """Open the storage of a disk, making it when it is not there; raises OSError."""
         key = self.key(spec.backend, spec.name, spec.options)
         if spec.name in self.refusals:
@@ -79,7 +86,10 @@ class Store:
         if storage is None:
             if size is None:
                 raise OSError(errno.ENOENT, "no such file, and no size to create it")
+            self._check_new(spec.name, key, least)
             storage = self._storages[key] = Storage(key, size)
+        if storage.cut_from:
+            self._check_cut(storage, spec.name, least)
         mark = spec.name if shared else None
         for other, mark_of_other in storage.openers.items():
             if other is not process and (mark is None or mark != mark_of_other):
@@ -93,6 +103,46 @@ class Store:
         storage.openers[process] = mark
         return storage
 
+    def _check_new(self, disk: str, key: str, least: int) -> None:
+        if key.startswith("null"):
+            return
+        if least:
+            self._causes.strike(disk, LOST)
+            raise OSError(errno.ENOENT, LOST)
+        if key in self.relied_on:
+            self._world.violate(f"{key} is made anew under disk {disk}")
+        if self.lost.pop(key, None) is not None:
+            self.on_made_anew(disk)
+
+    def _check_cut(self, storage: Storage, disk: str, least: int) -> None:
+        if storage.size < least:
+            self._causes.strike(disk, LOST)
+            raise OSError(errno.EINVAL, LOST)
+        if not least and storage.key in self.relied_on:
+            self._world.violate(f"{storage}, which was cut, grows under disk {disk}")
+
+    def lose(self, storage: Storage) -> None:
+        """Take it away; who has it open keeps it."""
+        if self._storages.get(storage.key) is storage:
+            self._world.note("%s is moved away", storage)
+            self.lost[storage.key] = self._storages.pop(storage.key)
+
+    def cut(self, storage: Storage) -> None:
+        """Take half of it."""
+        self._world.note("%s is cut", storage)
+        storage.cut_from = storage.cut_from or storage.size
+        storage.size //= 2
+
+    def bring_back(self, key: str) -> None:
+        """Have it as it was, unless something else is there now."""
+        if key in self.lost:
+            self._storages[key] = self.lost.pop(key)
+        storage = self._storages.get(key)
+        if storage is not None:
+            self._world.note("%s is back", key)
+            storage.size = max(storage.size, storage.cut_from)
+            storage.cut_from = 0
+
     def close(self, process: Any, storage: Storage) -> None:
         """Close it, as a process does or as its end does."""
         storage.openers.pop(process, None)
@@ -101,6 +151,8 @@ class Store:
         """Remove the memory of a disk; files stay."""
         if backend == "malloc":
             storage = self._storages.pop(f"malloc {disk}", None)
+            self.lost.pop(f"malloc {disk}", None)
+            self.relied_on.discard(f"malloc {disk}")
             if storage is not None:
                 self._world.note("memory of disk %s is discarded", disk)
                 users = ", ".join(str(process) for process in storage.openers if process.alive)
@@ -115,6 +167,9 @@ class Store:
         """Lose what a host loses without power: all memory, and what was not flushed."""
         for key in [key for key in self._storages if not key.startswith("file")]:
             del self._storages[key]
+        for key in [key for key in self.lost if not key.startswith("file")]:
+            del self.lost[key]
+        self.relied_on.clear()
         for storage in self._storages.values():
             storage.lose_unflushed(self._world.random)
 

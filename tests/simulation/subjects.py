@@ -48,8 +48,18 @@ class Subject:
         under_way = bool(self.asking) or self.changing
         return (under_way and self._host.unsaved) or self._unsaved == self._host.saves
 
+    @property
+    def keys(self) -> set[str]:
+        """The keys of all storage that it may have."""
+        return {f"malloc {self.name}", *(f"file {path}" for path in self.paths)}
+
+    def allow_new(self) -> None:
+        """Allow that its storage is made, should it be gone."""
+        self._host.store.relied_on -= self.keys
+
     def expect_loss(self) -> None:
         """Allow that its data are gone."""
+        self.allow_new()
         if self.forgets:
             self.application.checked = False
 

@@ -126,7 +126,7 @@ class Connection:
 class ServedDisk:
     """One open disk."""
 
-    def __init__(self, worker: Worker, spec: DiskSpec, *, shared: bool) -> None:
+    def __init__(self, worker: Worker, spec: DiskSpec, *, shared: bool, least: int) -> None:
         self.worker = worker
         self.spec = spec
         self.shared = shared
@@ -138,7 +138,9 @@ class ServedDisk:
         self.all_connections: list[Connection] = []  # also those that ended with work in flight
         self.on_stopped: dict[int, None] | None = None  # the ids of the commands
         self.on_released: dict[int, None] | None = None
-        self.storage: Storage = worker.process.host.store.open(worker.process, spec, shared=shared)
+        self.storage: Storage = worker.process.host.store.open(
+            worker.process, spec, shared=shared, least=least
+        )
         self.size = self.storage.size
         self.block_size = spec.block_size or BLOCK_SIZE
         self.flags = FLAGS | (NBD_FLAG_READ_ONLY if spec.readonly else 0)
@@ -322,7 +324,8 @@ class Worker:
         disk = self.disks.get(spec.name)
         if disk is None:
             try:
-                disk = ServedDisk(self, spec, shared=message["shared"])
+                how = {"shared": message["shared"], "least": message["least"]}
+                disk = ServedDisk(self, spec, **how)
             except OSError as error:
                 if error.errno not in RETRIED or not tries:
                     raise

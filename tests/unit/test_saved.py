@@ -68,7 +68,7 @@ def test_a_device_is_found_again_only_for_the_same_storage(other: DiskSpec, is_s
 def test_what_was_saved_is_read() -> None:
     gone = Wish(FILE, Placement(1, (0, 1)), "gone", hot=True)
     state = SavedState((wish(RAM), gone), {"file": replace(FILE, core=None)}, {"file": FILE})
-    assert decode(state.encode("abc"), "abc") == state
+    assert decode(state.encode("abc", "boot"), "abc", "boot") == state
 
 
 @pytest.mark.parametrize(
@@ -81,22 +81,22 @@ def test_what_was_saved_is_read() -> None:
     ],
 )
 def test_a_damaged_state_is_refused(change, problem: str) -> None:
-    data = change(SavedState((wish(RAM),)).encode("abc"))
+    data = change(SavedState((wish(RAM),)).encode("abc", "boot"))
     with pytest.raises(ReactorError, match=problem):
-        decode(data, "abc")
+        decode(data, "abc", "boot")
 
 
 def test_the_state_of_another_service_is_refused() -> None:
     with pytest.raises(ReactorError, match="another service, abc"):
-        decode(SavedState((wish(RAM),)).encode("abc"), "abd")
+        decode(SavedState((wish(RAM),)).encode("abc", "boot"), "abd", "boot")
 
 
 def test_a_state_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reactor.control.saved.VERSION", 2)
-    data = SavedState().encode("abc")
+    data = SavedState().encode("abc", "boot")
     monkeypatch.undo()
     with pytest.raises(ReactorError, match="version 2, not 1"):
-        decode(data, "abc")
+        decode(data, "abc", "boot")
 
 
 def test_a_full_file_system_leaves_the_old_state(
