@@ -285,9 +285,9 @@ class Controller:
         notify("STOPPING=1\nSTATUS=stopping")
         self.keeps = self.keeps or keep
         if not self.keeps:  # memory goes with the disks, and so may this process before its end
-            for disk in self._disks.values():
-                disk.made = 0
-            self._save()
+            state = self._state()
+            wishes = tuple(replace(wish, made=0) for wish in state.wishes)
+            self._saving.save(replace(state, wishes=wishes))
         self._stopping = True
         self._successors.clear()
         self.reactor.call_later(STOP_SECONDS, self._force)
@@ -450,11 +450,12 @@ class Controller:
 
     def _save(self) -> None:
         """Keep what should be, for the next controller; called before anything is done for it."""
-        if self._stopping:
-            return  # those that are stopped now are to come back, should this process die
+        if not self._stopping:  # those that are stopped now come back, should this process die
+            self._saving.save(self._state())
+
+    def _state(self) -> SavedState:
         wishes = tuple(disk.wish for disk in self._disks.values())
-        state = SavedState(wishes, dict(self._successors), self._configured)
-        self._saving.save(state)
+        return SavedState(wishes, dict(self._successors), self._configured)
 
     def _when_saved(self, done: Done) -> Done:
         """Return a `done` that tells no success that the next controller would not know of."""

@@ -64,7 +64,7 @@ class DiskControl:
         self.desired: Desired = wish.desired
         self.keep_device = False  # stop the disk, but let the kernel hold its device
         self.forced = False  # stop without writing back
-        self.made = wish.made  # 0: its storage may be made anew, should it be gone
+        self._made = wish.made  # 0: its storage may be made anew, should it be gone
         self.failure: Exception | None = None
         self.settled = False
         self._host = host
@@ -177,7 +177,7 @@ class DiskControl:
     def wish(self) -> Wish:
         """What it should be."""
         former = tuple(core for core, w in self._former.items() if not w or w.unknown)
-        return Wish(self.spec, self.placement, self.desired, self._hot, former, self.made)
+        return Wish(self.spec, self.placement, self.desired, self._hot, former, self._made)
 
     @property
     def path(self) -> str | None:
@@ -267,7 +267,7 @@ class DiskControl:
         """Take over a device that the kernel still holds for the disk."""
         log.info("disk %s: the kernel still holds %s", self.spec.name, device.path)
         self._link.adopt(device, self.spec)
-        self.made = self.made or 1  # also when the state was lost
+        self._made = self._made or 1  # also when the state was lost
 
     def found(self, share: Share, report: Mapping[str, Any] | None, asked_ns: int) -> bool:
         """Note what a worker had of the disk when it was asked; False: what it must not have."""
@@ -326,9 +326,9 @@ class DiskControl:
         if not self._rising() or self._resize is not None or not self._shares.opened:
             return False
         size = self._shares.common_geometry.size
-        if size == self.made:
+        if size == self._made:
             return False
-        self.made = size
+        self._made = size
         self._host.save_soon(self._saved_made)
         return True
 
@@ -353,7 +353,7 @@ class DiskControl:
         if not astray:
             link.stay()
         shares.give_up_failed()
-        shares.open_next(self.spec, self.made)
+        shares.open_next(self.spec, self._made)
         if self._errand.busy() or self.failure is not None:
             return
         if self._resize is None:
@@ -378,7 +378,7 @@ class DiskControl:
     def _resize_step(self, resize: Resize) -> None:
         def keep() -> None:
             self.spec = self.spec.with_size(resize.size)
-            self.made = min(self.made, resize.size)
+            self._made = min(self._made, resize.size)
             self._save()
 
         def refused(error: Exception) -> None:
@@ -389,7 +389,7 @@ class DiskControl:
         def finish(error: Exception | None) -> None:
             self._resize = None
             if error is None:
-                self.made = self._shares.common_geometry.size
+                self._made = resize.size
             resize.done(error)
 
         resize.begin(self._link, self._shares, keep=keep, refused=refused, finish=finish)
@@ -422,11 +422,11 @@ class DiskControl:
         if not unwritten or not device.can_reconnect or self._shares.hopeless:
             link.release(device, write_back=self._writes_back())
         elif not link.reconnect(device):
-            self._shares.open_next(self.spec, self.made)
+            self._shares.open_next(self.spec, self._made)
 
     def discard(self) -> None:
         """Remove what the disk keeps outside its worker."""
-        self.made = 0
+        self._made = 0
         self._save()
         try:
             self._host.platform.discard(self.spec.backend, self.spec.name)
@@ -477,7 +477,7 @@ class DiskControl:
             return
         self.settled = True
         if self.desired == "stopped":
-            self.made = 0  # a way out, should its storage be gone
+            self._made = 0  # a way out, should its storage be gone
         failure = self.failure if self.desired == "online" else None
         if self._attaching is not None:
             attaching, self._attaching = self._attaching, None

@@ -20,7 +20,7 @@ from tests.simulation.devices import NetlinkDevice
 from tests.simulation.platform import SimulatedPlatform
 from tests.simulation.processes import WorkerProcess
 from tests.simulation.scenario import Scenario
-from tests.simulation.storage import Storage
+from tests.simulation.storage import Storage, Store
 from tests.simulation.worker import START_TRIES, Worker
 
 SEEDS = 1500
@@ -154,6 +154,27 @@ def share_with_who_does_not(patch: Patch) -> None:
     patch.setattr(Worker, "_start", started)
 
 
+def make_what_is_gone(patch: Patch) -> None:
+    """A worker makes storage whether it was there once or not."""
+    opened = Store.open
+
+    def made(self: Store, *what: Any, least: int, **how: Any) -> Storage:
+        return opened(self, *what, least=0 * least, **how)
+
+    patch.setattr(Store, "open", made)
+
+
+def forget_what_was_made(patch: Patch) -> None:
+    """The next controller does not know that there was storage."""
+    decode = saved.decode
+
+    def forgot(*what: Any) -> saved.SavedState:
+        state = decode(*what)
+        return replace(state, wishes=[replace(wish, made=0) for wish in state.wishes])
+
+    patch.setattr(saved, "decode", forgot)
+
+
 def give_workers_up_too_soon(patch: Patch) -> None:
     patch.setattr(workers, "BACKOFF_SECONDS", (0.0, 0.1))
 
@@ -185,6 +206,8 @@ def fail_without_cause(patch: Patch) -> None:
         (slip_a_config_under_a_device, "passes from"),
         (take_over_whatever_is_below, "passes from"),
         (share_with_who_does_not, "did not answer start"),
+        (make_what_is_gone, "is made anew|passes from"),
+        (forget_what_was_made, "is made anew"),
         (give_workers_up_too_soon, "keeps dying|without need"),
         (fail_without_cause, "lost its connection 2 times"),
     ],
