@@ -55,6 +55,7 @@ def again(service: Start, before: RunningService, text: str) -> RunningService:
 
 def check_it_waits_for_its_storage(running: RunningService, state: str, problem: str) -> None:
     """Whatever is asked for, the disk stays down; its device is free."""
+    running.await_line(problem)
     assert problem in running.await_state("x", state)["reason"]
     running.await_true(lambda: not attached("/dev/nbd0"))
     assert problem in running.rpc_raw("reactor_start_disk", name="x")["error"]["message"]
@@ -162,7 +163,7 @@ def test_an_image_grows_and_shrinks_as_it_is_told(
     after = service(config(store), runtime_dir=running.runtime_dir)
     assert after.await_state("x", "online")["size"] == 16 * MIB
     end(after)
-    last = again(service, after, config(store, 48))
+    last = service(config(store, 48), runtime_dir=after.runtime_dir)
     last.await_true(lambda: last.rpc("reactor_get_disks")[0]["size"] == 48 * MIB)
     last.await_state("x", "online")
     assert int(Path("/sys/block/nbd0/size").read_text()) * 512 == 48 * MIB

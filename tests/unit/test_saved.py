@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,20 @@ def test_what_was_saved_is_read() -> None:
     gone = Wish(FILE, Placement(1, (0, 1)), "gone", hot=True)
     state = SavedState((wish(RAM), gone), {"file": replace(FILE, core=None)}, {"file": FILE})
     assert decode(state.encode("abc", "boot"), "abc", "boot") == state
+
+
+def test_what_was_made_counts_until_the_host_is_booted_again() -> None:
+    state = SavedState((replace(wish(RAM), made=1 << 20),))
+    data = state.encode("abc", "boot")
+    assert decode(data, "abc", "boot") == state
+    assert decode(data, "abc", "another") == SavedState((wish(RAM),))
+
+
+def test_a_state_that_does_not_say_what_was_made_is_read() -> None:
+    state = SavedState((replace(wish(RAM), made=1 << 20),))
+    text = state.encode("abc", "boot").partition(b"\n")[2].replace(b', "made": 1048576', b"")
+    data = sha256(text.strip()).hexdigest().encode() + b"\n" + text
+    assert decode(data, "abc", "boot") == SavedState((wish(RAM),))
 
 
 @pytest.mark.parametrize(
