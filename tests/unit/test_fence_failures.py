@@ -225,6 +225,7 @@ def test_a_closed_disk_touches_no_lock_any_more(
     disk = ServedDisk(
         *(reactor, spec, "test"),
         shared=True,
+        least=0,
         on_removed=lambda *_: None,
         on_disconnected=lambda *_: None,
     )

@@ -42,12 +42,7 @@ def disk(reactor: Reactor) -> Iterator[Open]:
     names: set[str] = set()
 
     def create(
-        size: int = 4 << 20,
-        name: str = "disk",
-        block_size: int = 512,
-        *,
-        shared: bool = False,
-        least: int = 0,
+        size: int = 4 << 20, name: str = "disk", block_size: int = 512, *, shared: bool = False
     ) -> MallocDisk:
         names.add(name)
         made = BACKEND.create(
@@ -58,7 +53,6 @@ def disk(reactor: Reactor) -> Iterator[Open]:
             block_size=block_size,
             readonly=False,
             shared=shared,
-            least=least,
         )
         opened.append(made)
         assert isinstance(made, MallocDisk)
@@ -125,25 +119,6 @@ def test_a_new_disk_reads_zeroes_and_uses_no_memory(disk: Open) -> None:
         for offset in range(0, 64 << 20, 4 << 20):
             assert not any(access.read(offset, 1 << 20))
     assert used() == 0
-
-
-def test_memory_that_is_gone_is_not_made_anew(disk: Open) -> None:
-    with pytest.raises(OSError, match=r"memory .* is gone, and had at least 4096") as caught:
-        disk(least=4096)
-    assert caught.value.errno == errno.ENOENT
-    path = shared_memory("disk", INSTANCE)
-    assert not path.exists()
-    path.touch()  # its maker died before it was a disk
-    with pytest.raises(OSError, match="has only 0 bytes, and had at least 4096"):
-        disk(least=4096)
-    assert path.exists()
-
-
-def test_memory_that_is_there_may_grow(disk: Open) -> None:
-    disk(4 << 20).close()
-    with pytest.raises(OSError, match="has only 4194304 bytes"):
-        disk(8 << 20, least=8 << 20)
-    assert disk(8 << 20, least=4 << 20).size == 8 << 20
 
 
 def test_what_is_written_is_read(disk: Open) -> None:
