@@ -21,7 +21,6 @@ from tests.simulation.platform import SimulatedPlatform
 from tests.simulation.processes import WorkerProcess
 from tests.simulation.scenario import Scenario
 from tests.simulation.storage import Storage, Store
-from tests.simulation.worker import START_TRIES, Worker
 
 SEEDS = 1500
 
@@ -142,18 +141,6 @@ def take_over_whatever_is_below(patch: Patch) -> None:
     patch.setattr(DiskSpec, "identity", lambda _: "any")
 
 
-def share_with_who_does_not(patch: Patch) -> None:
-    """A worker that has a disk for itself is taken for one that shares it."""
-    patch.setattr(Shares, "are_of", lambda *_: True)
-    start = Worker._start
-
-    def started(self: Worker, message: dict[str, Any], tries: int = START_TRIES) -> None:
-        disk = self.disks.get(message["spec"]["name"])
-        start(self, message if disk is None else {**message, "shared": disk.shared}, tries)
-
-    patch.setattr(Worker, "_start", started)
-
-
 def make_what_is_gone(patch: Patch) -> None:
     """A worker makes storage whether it was there once or not."""
     opened = Store.open
@@ -205,7 +192,6 @@ def fail_without_cause(patch: Patch) -> None:
         (blame_workers_for_a_pause, "never hung"),
         (slip_a_config_under_a_device, "passes from"),
         (take_over_whatever_is_below, "passes from"),
-        (share_with_who_does_not, "did not answer start"),
         (make_what_is_gone, "is made anew|passes from"),
         (forget_what_was_made, "is made anew"),
         (give_workers_up_too_soon, "keeps dying|without need"),
