@@ -27,6 +27,9 @@ NEW: Final = 3  # as long as so many bytes take, a byte of memory takes that is 
 SHORT: Final = 64 << 10  # bytes that are zeroed or trimmed at once, as long as the turn has room
 
 
+_MAKERS: Final[set[Channel]] = set()  # of this worker, that share a turn: owners wait for memory
+
+
 class MallocChannel(Channel):
     """Answers at once, but for what makes or clears much memory: that goes on turn by turn."""
 
@@ -68,8 +71,12 @@ class MallocChannel(Channel):
         room = STEP
         while self._long and room > 0:
             room -= self._do_step(room)
+        if self._waiting:
+            self._room = STEP // len(_MAKERS)
         while self._waiting and self._room > 0:
             self._waiting.popleft().resume()
+        if not self._waiting:
+            _MAKERS.discard(self)
         if self._long or self._waiting:
             self._reactor.mark_kick(self)
 
@@ -77,9 +84,13 @@ class MallocChannel(Channel):
         """Give memory to what is to be written; raises `Busy` when that was enough for a turn."""
         self._reactor.mark_kick(self)
         if self._room <= 0:
+            _MAKERS.add(self)
             raise self.refuse(owner)
         self._memory.back(begin, end)
         self._room -= NEW * max(end - begin, CHUNK)
+
+    def close(self) -> None:
+        _MAKERS.discard(self)
 
     def abandon(self, owner: Owner) -> None:
         long, self._long = self._long, deque()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from backends import registry
-from backends.api import DONE, Busy, Channel, Disk
-from backends.malloc import BACKEND, NEW, SIZE_MAX, STEP, MallocDisk
+from backends.api import Disk
+from backends.malloc import BACKEND, SIZE_MAX, STEP, MallocDisk
 from backends.sharedmemory import CHUNK, DIRECTORY, PAGE, shared_memory
 from reactor.errors import reason
 from reactor.loop import Reactor
@@ -179,47 +178,6 @@ def test_zeroes_give_memory_back_unless_they_must_not(disk: Open) -> None:
         assert used() == 2 << 20
         access.zero(0, 1 << 20, NO_HOLE)
         assert used() == 3 << 20
-
-
-class Writer:
-    """Writes 512 bytes to each of some chunks, in order, whenever the channel has room."""
-
-    def __init__(self, channel: Channel, chunks: Iterable[int]) -> None:
-        self.done = 0
-        self._channel = channel
-        self._left = deque(chunks)
-
-    def resume(self) -> None:
-        with suppress(Busy):
-            while self._left:
-                offset = self._left[0] * CHUNK
-                write = (WRITE, 0, 0, offset, 512, memoryview(b"w" * 512))
-                assert self._channel.submit(write, self) == DONE
-                self._left.popleft()
-                self.done += 1
-
-    def complete(self, *_: object, **__: object) -> None:
-        raise AssertionError("a write is never pending")
-
-
-def test_writes_to_new_memory_leave_turns_to_others(disk: Open, reactor: Reactor) -> None:
-    per_step = STEP // (NEW * CHUNK) + 1
-    memory_disk = disk(1000 * CHUNK)
-    channel = memory_disk.channel(reactor)
-    greedy, patient = Writer(channel, range(900)), Writer(channel, range(900, 1000))
-    greedy.resume()
-    patient.resume()
-    assert (greedy.done, patient.done) == (per_step, 0)
-    turns = []
-    for _ in range(4):
-        before = greedy.done, patient.done
-        reactor.turn()
-        turns.append((greedy.done - before[0], patient.done - before[1]))
-    assert turns == [(per_step, 0), (0, per_step)] * 2
-    while greedy.done + patient.done < 1000:
-        reactor.turn()
-    for chunk in range(1000):
-        assert memory_disk.memory.read(chunk * CHUNK, 1024) == b"w" * 512 + bytes(512)
 
 
 @pytest.mark.parametrize(("command", "flags"), [(TRIM, 0), (ZEROES, 0), (ZEROES, NO_HOLE)])
