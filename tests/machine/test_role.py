@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +90,39 @@ def test_bad_disks_are_refused_before_anything_changes(
     said = operator.play("install", fails=True, nbd_reactor_disks=bad)
     assert "disks.raw.size" in said
     assert machine.run(CONTENT) == before
+
+
+@LONG
+def test_a_disk_is_measured_and_not_written_to_while_it_is_mounted(
+    operator: Operator, tmp_path: Path
+) -> None:
+    settings = ("-e", "benchmark_seconds=1", "-e", f"benchmark_results={tmp_path}/results")
+    said = operator.play("benchmark", "-e", "benchmark_disk=data", *settings)
+    assert "IOPS" in said
+    (results,) = (tmp_path / "results").iterdir()
+    assert json.loads(results.read_text())["jobs"][0]["read"]["total_ios"] > 0
+    written = ("-e", "benchmark_rw=randwrite", "-e", "benchmark_destroy_data=true")
+    assert MOUNT in operator.play(
+        "benchmark", "-e", "benchmark_disk=data", *written, *settings, fails=True
+    )
+
+
+@LONG
+def test_a_host_without_one_of_its_disks_is_not_upgraded(
+    operator: Operator, machine: Machine
+) -> None:
+    machine.run("nbd-reactorctl remove raw")
+    said = operator.play(
+        "upgrade",
+        "-e",
+        "nbd_reactor_online_seconds=4",
+        fails=True,
+        nbd_reactor_wheel=str(operator.new),
+    )
+    assert "Not online after 4 s: raw." in said
+    assert "nbd-reactor 1.0.1" in machine.run("nbd-reactorctl status | head -n 1")
+    machine.run("systemctl reload nbd-reactor")
+    machine.await_success("test -e /dev/disk/by-nbd/raw")
 
 
 @pytest.fixture
