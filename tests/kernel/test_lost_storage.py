@@ -164,5 +164,6 @@ def test_an_image_grows_and_shrinks_as_it_is_told(
     last = service(config(store, 48), runtime_dir=after.runtime_dir)
     last.await_true(lambda: last.rpc("reactor_get_disks")[0]["size"] == 48 * MIB)
     last.await_state("x", "online")
-    assert int(Path("/sys/block/nbd0/size").read_text()) * 512 == 48 * MIB
+    sectors = Path("/sys/block/nbd0/size")
+    last.await_true(lambda: int(sectors.read_text()) * 512 == 48 * MIB)
     assert (store / "image").stat().st_size == 48 * MIB

@@ -70,7 +70,7 @@ disks:
     worker = running.workers()[0]
     with ExitStack() as beside:
         for device in ("/dev/nbd0", "/dev/nbd1"):
-            command = fio_verify_command(device, "4M", fsync="8", loops="3")
+            command = fio_verify_command(device, "4M", fsync="8", loops="10")
             beside.enter_context(working(command))
         clients = [beside.enter_context(Client(tmp_path / "c", "cached")) for _ in range(4)]
         time.sleep(1)
