@@ -113,11 +113,7 @@ def test_a_host_without_one_of_its_disks_is_not_upgraded(
 ) -> None:
     machine.run("nbd-reactorctl remove raw")
     said = operator.play(
-        "upgrade",
-        "-e",
-        "nbd_reactor_online_seconds=4",
-        fails=True,
-        nbd_reactor_wheel=str(operator.new),
+        "upgrade", fails=True, nbd_reactor_wheel=str(operator.new), nbd_reactor_online_seconds=4
     )
     assert "Not online after 4 s: raw." in said
     assert "nbd-reactor 1.0.1" in machine.run("nbd-reactorctl status | head -n 1")
