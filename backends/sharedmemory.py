@@ -93,6 +93,8 @@ class SharedMemory:
         try:
             self.fd = os.open(path, flags, 0o600)
         except FileNotFoundError:
+            if not least:
+                raise
             raise _lost(path, "is gone", least) from None
         self.made = False  # it held no disk before
         try:

@@ -13,7 +13,8 @@ class WakingClock:
     """Nanoseconds of a monotonic clock, without those in which its process did not run.
 
     Who was stopped (SIGSTOP, a frozen cgroup, swapping) has heard from nobody meanwhile: it must
-    blame nobody for that when it goes on, nor take deadlines for over.
+    blame nobody for that when it goes on, nor take deadlines for over. Of a pause only `PAUSE_NS`
+    count.
     """
 
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
@@ -24,6 +25,6 @@ class WakingClock:
     def __call__(self) -> int:
         now = self._clock()
         if now - self._read_ns > PAUSE_NS:
-            self._lost_ns += now - self._read_ns
+            self._lost_ns += now - self._read_ns - PAUSE_NS
         self._read_ns = now
         return now - self._lost_ns

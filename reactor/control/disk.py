@@ -326,7 +326,7 @@ class DiskControl:
         if not self._rising() or self._resize is not None or not self._shares.opened:
             return False
         size = self._shares.common_geometry.size
-        if size == self._made:
+        if size in (0, self._made):  # 0: opened, perhaps, by a worker that has not answered
             return False
         self._made = size
         self._host.save_soon(self._saved_made)

@@ -10,7 +10,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -83,7 +83,7 @@ class RuntimeDir:
         for name in (STATE, OUTDATED):
             saved = self._load(self.path / name)
             if saved is not None:
-                return replace(saved, complete=name == STATE)
+                return saved if name == STATE else saved.outdated()
         return None
 
     def _load(self, path: Path) -> SavedState | None:

@@ -39,6 +39,11 @@ class SavedState:
     configured: Mapping[str, DiskSpec] = field(default_factory=dict)
     complete: bool = True  # all that came later was saved too
 
+    def outdated(self) -> SavedState:
+        """Return what is still sure of it when something came later that is not known."""
+        wishes = tuple(replace(wish, made=min(wish.made, 1)) for wish in self.wishes)
+        return replace(self, wishes=wishes, complete=False)
+
     def encode(self, instance: str, boot: str) -> bytes:
         """Return the bytes to keep. `boot` names the time since the host was booted."""
         content = {

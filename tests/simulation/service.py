@@ -53,7 +53,7 @@ class Service:
         state = self._host.saved
         found = saved.decode(state, INSTANCE, platform.boot) if state is not None else None
         if found is not None and self._host.unsaved:
-            found = replace(found, complete=False)
+            found = found.outdated()
         self.took_over = found is not None and bool(found.wishes)
         try:
             controller = Controller(self.options, platform, lambda: self.config, {})

@@ -66,6 +66,12 @@ def test_a_device_is_found_again_only_for_the_same_storage(other: DiskSpec, is_s
     assert tag("abc", other).startswith(prefix("abc"))
 
 
+def test_an_outdated_state_does_not_know_how_much_there_was() -> None:
+    state = SavedState((replace(wish(RAM), made=1 << 20), wish(FILE)))
+    assert [each.made for each in state.outdated().wishes] == [1, 0]
+    assert not state.outdated().complete
+
+
 def test_what_was_saved_is_read() -> None:
     gone = Wish(FILE, Placement(1, (0, 1)), "gone", hot=True)
     state = SavedState((wish(RAM), gone), {"file": replace(FILE, core=None)}, {"file": FILE})
