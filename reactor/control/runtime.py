@@ -56,6 +56,7 @@ class RuntimeDir:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check_owner()
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self.boot = BOOT_ID.read_text().strip()
             self._lock = os.open(path / "lock", flags, 0o600)
         except OSError as error:
             raise ReactorError(f"runtime directory {reason(error)}") from error
@@ -71,7 +72,6 @@ class RuntimeDir:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         self.instance = self._read_instance()
-        self.boot = BOOT_ID.read_text().strip()
 
     def surviving_workers(self) -> list[LeftWorker]:
         """Find the living workers of a controller that died."""

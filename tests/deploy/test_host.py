@@ -27,6 +27,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         (tmp_path / name).mkdir()
         monkeypatch.setattr(module, name.upper(), tmp_path / name)
     monkeypatch.setattr(module, "INSTANCE", tmp_path / "instance")
+    monkeypatch.setattr(module, "TAKEN", tmp_path / "taken.json")
     (tmp_path / "instance").write_text("0123abcd\n")
     return module
 
@@ -65,6 +66,25 @@ def test_files_and_links_are_placed_once(host: ModuleType, tmp_path: Path) -> No
     assert (tmp_path / "etc/system/unit").read_text() == "second"
     assert (tmp_path / "etc/system/unit").stat().st_mode & 0o777 == 0o644
     assert (tmp_path / "sbin/program").readlink() == Path("/opt/program")
+
+
+def test_what_changed_since_the_service_took_it_is_untaken(
+    host: ModuleType, tmp_path: Path
+) -> None:
+    unit, link = tmp_path / "unit", tmp_path / "current"
+    files = json.dumps([str(unit), str(link)])
+    assert host.untaken(files) == []  # a fresh host
+    unit.write_text("first")
+    link.symlink_to("one")
+    assert host.untaken(files) == [str(unit), str(link)]
+    host.taken(files)
+    assert host.untaken(files) == []
+    unit.write_text("second")
+    assert host.untaken(files) == [str(unit)]
+    host.taken(files)
+    link.unlink()
+    link.symlink_to("two")
+    assert host.untaken(files) == [str(link)]
 
 
 def test_old_releases_are_those_beside_the_current_and_the_youngest(host: ModuleType) -> None:

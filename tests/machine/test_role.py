@@ -93,6 +93,18 @@ def test_bad_disks_are_refused_before_anything_changes(
 
 
 @LONG
+def test_what_the_service_did_not_take_is_made_up_for(operator: Operator, machine: Machine) -> None:
+    disks = {**DISKS, "late": {"backend": "malloc", "size": "4MiB", "device": "auto"}}
+    machine.run("mv /run/nbd-reactor/rpc.sock /run/nbd-reactor/hidden.sock")
+    operator.play("install", fails=True, nbd_reactor_disks=disks)
+    machine.run("mv /run/nbd-reactor/hidden.sock /run/nbd-reactor/rpc.sock")
+    assert changes(operator.play("install", nbd_reactor_disks=disks)) > 0
+    machine.await_success("test -e /dev/disk/by-nbd/late")
+    assert changes(operator.play("install", nbd_reactor_disks=disks)) == 0
+    operator.play("install")
+
+
+@LONG
 def test_a_disk_is_measured_and_not_written_to_while_it_is_mounted(
     operator: Operator, tmp_path: Path
 ) -> None:

@@ -66,6 +66,13 @@ def test_a_device_is_found_again_only_for_the_same_storage(other: DiskSpec, is_s
     assert tag("abc", other).startswith(prefix("abc"))
 
 
+def test_a_device_that_another_release_attached_is_found() -> None:
+    assert [tag("i", spec) for spec in (RAM, FILE)] == [
+        "nbd-reactor:i:f087bb0b:ram",
+        "nbd-reactor:i:e8d55246:file",
+    ]
+
+
 def test_an_outdated_state_does_not_know_how_much_there_was() -> None:
     state = SavedState((replace(wish(RAM), made=1 << 20), wish(FILE)))
     assert [each.made for each in state.outdated().wishes] == [1, 0]

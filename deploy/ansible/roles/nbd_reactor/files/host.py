@@ -1,16 +1,19 @@
 """What the role asks of a host, each in one step; prints JSON.
 
 host.py preflight DEVICES DIRECTORIES   {"python": version, "problems": [line, ...]}
-host.py place PREFIX FILES LINKS MODE   [path, ...] that it changed, or with MODE check would
+host.py place PREFIX COPIES LINKS MODE  [path, ...] that it changed, or with MODE check would
+host.py untaken FILES                   files that are not as the service took them: [path, ...]
+host.py taken FILES                     notes that the service took them as they are: null
 host.py used                            what uses devices of the service: [line, ...]
 host.py releases                        what runs: {release: [process, ...]}
 host.py old CURRENT KEPT                releases that can go: [path, ...]
 
-DEVICES and DIRECTORIES are JSON lists, FILES and LINKS JSON objects: target to source.
+DEVICES, DIRECTORIES and FILES are JSON lists; what `place` takes are JSON objects: target to source.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -23,6 +26,7 @@ from pathlib import Path
 
 BLOCK = Path("/sys/block")
 INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
+TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to digest
 UNIT = "/nbd-reactor.service"
 RELEASES = Path("/opt/nbd-reactor/releases")
 RELEASE = re.compile(rb" /opt/nbd-reactor/releases/([^/\n]+)/")
@@ -56,7 +60,7 @@ def preflight(devices: str, directories: str) -> dict[str, object]:
     return {"python": version, "problems": problems}
 
 
-def place(prefix: str, files: str, links: str, mode: str) -> list[str]:
+def place(prefix: str, copies: str, links: str, mode: str) -> list[str]:
     """Copy and link what a release has for the host; return the targets that were not so."""
     changed = []
     for target, source in json.loads(links).items():
@@ -64,7 +68,7 @@ def place(prefix: str, files: str, links: str, mode: str) -> list[str]:
             changed.append(target)
             if mode != "check":
                 replace(Path(target), lambda new, source=source: new.symlink_to(source))
-    for target, source in json.loads(files).items():
+    for target, source in json.loads(copies).items():
         content = read(Path(prefix, source))
         if read(Path(target)) != content:
             changed.append(target)
@@ -86,6 +90,25 @@ def write(path: Path, content: bytes) -> None:
     """Write a file that all may read."""
     path.write_bytes(content)
     path.chmod(0o644)
+
+
+def untaken(files: str) -> list[str]:
+    """Return those that a run changed which ended before the service took them."""
+    noted = json.loads(read(TAKEN) or b"{}")
+    return [name for name in json.loads(files) if digest(Path(name)) != noted.get(name)]
+
+
+def taken(files: str) -> None:
+    """Note what is in the files that the service runs by now."""
+    digests = {name: digest(Path(name)) for name in json.loads(files)}
+    replace(TAKEN, lambda new: write(new, json.dumps(digests, indent=1).encode()))
+
+
+def digest(path: Path) -> str | None:
+    """Return what tells the content of a file or link from another; None when it is not there."""
+    if path.is_symlink():
+        return str(path.readlink())
+    return hashlib.sha256(read(path)).hexdigest() if path.exists() else None
 
 
 def used() -> list[str]:
@@ -176,6 +199,8 @@ if __name__ == "__main__":
     steps: dict[str, Callable[..., object]] = {
         "preflight": preflight,
         "place": place,
+        "untaken": untaken,
+        "taken": taken,
         "used": used,
         "releases": releases,
         "old": old,
