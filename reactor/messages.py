@@ -56,6 +56,8 @@ EVENTS: Final[dict[str, dict[str, type]]] = {
     "failed": {**_DISK, "errno": int, "reason": str},
     # The backend went away, or was told to: I/O is refused, what was in flight has ended.
     "removed": {**_DISK, "reason": str},
+    # Its clients find nobody, as it cannot listen; again and again. Empty: they do again.
+    "unheard": {"disk": str, "reason": str},
     # A kernel connection ended; generation is the controller's number of the attachment.
     "disconnected": {"disk": str, "generation": int, "reason": str},
     # Once a second, also the heartbeat. `reactor` and each of `disks` are maps of counters.

@@ -64,7 +64,7 @@ class Controller:
         self._took_over = False  # what a dead controller left
         self._suspects: tuple[int, ...] = ()  # cores whose workers may have any disk
         self._ticks = 0
-        self._ready = self._reloading = self._stopping = self._forced = False
+        self.ready = self._reloading = self._stopping = self._forced = False
         self._host = Host(
             platform,
             self._save,
@@ -347,7 +347,7 @@ class Controller:
         self._step_waiting()
         if self._stopping:
             self._end_if_stopped()
-        elif self._reloading or not self._ready:
+        elif self._reloading or not self.ready:
             # Later: a disk that is made now, and cannot be, is to go; it fails no strict start.
             self.reactor.call_from_thread(self._report_ready)
 
@@ -385,9 +385,9 @@ class Controller:
 
     def _report_ready(self) -> None:
         settled = self._workforce.up and all(disk.settled for disk in self._disks.values())
-        if self._stopping or not settled or (self._ready and not self._reloading):
+        if self._stopping or not settled or (self.ready and not self._reloading):
             return
-        first, self._ready, self._reloading = not self._ready, True, False
+        first, self.ready, self._reloading = not self.ready, True, False
         failed = [name for name, disk in self._disks.items() if disk.state == "failed"]
         if first and failed and self._options.strict:
             tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")

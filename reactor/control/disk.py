@@ -21,7 +21,7 @@ from reactor.control.platform import Platform
 from reactor.control.resize import Resize
 from reactor.control.saved import Desired, Wish
 from reactor.control.service import DiskState, DiskStatus, Done
-from reactor.control.shares import Share, Shares
+from reactor.control.shares import OPEN_SECONDS, Share, Shares
 from reactor.control.workers import WorkerProcess
 from reactor.errors import ReactorError, error_number, reason
 from reactor.log import logger
@@ -187,8 +187,7 @@ class DiskControl:
     @property
     def awaits_device(self) -> bool:
         """Whether it is about to attach a device that it names."""
-        named = self.spec.device not in (None, "auto")
-        return named and self.path is None and self._rising()
+        return self.spec.device not in (None, "auto") and self.path is None and self._rising()
 
     @property
     def leaves_device(self) -> bool:
@@ -234,10 +233,7 @@ class DiskControl:
         former = ", ".join(str(worker.core) for worker in self._awaited_former())
         if former and not self.online:
             return f"waits for the end of the worker of core {former}, which may have it open"
-        closed = ", ".join(str(share.worker.core) for share in self._shares.closed)
-        if self._rising() and closed and self._shares.opened:
-            return f"served without core {closed}"
-        return ""
+        return self._shares.shortcoming() if self._rising() else ""
 
     # --- what happens ---
 
@@ -353,7 +349,7 @@ class DiskControl:
         if not astray:
             link.stay()
         shares.give_up_failed()
-        shares.open_next(self.spec, self._made)
+        shares.open_next(self.spec, self._made, self._patience)
         if self._errand.busy() or self.failure is not None:
             return
         if self._resize is None:
@@ -446,12 +442,18 @@ class DiskControl:
             self.failure = error
 
     def _may_wait(self, error: Exception) -> bool:
-        """Whether a device's users should wait, as long as the kernel does."""
-        if self.path is None or getattr(error, "errno", None) not in AWAITED:
+        """Whether those who use the disk should wait."""
+        used = self.path or (self._made and not self._shares.opened)  # else its device fails
+        if not used or getattr(error, "errno", None) not in AWAITED:
             return False
-        self._waiting_since_ns = self._waiting_since_ns or self._host.platform.reactor.clock()
-        waited = self._host.platform.reactor.clock() - self._waiting_since_ns
-        return waited < self.spec.dead_timeout * 1e9
+        now = self._host.platform.reactor.clock()
+        self._waiting_since_ns = self._waiting_since_ns or now
+        return now - self._waiting_since_ns < self._patience * 1e9
+
+    @property
+    def _patience(self) -> float:
+        """Seconds for which its storage may be out of order: who uses a device waits so long."""
+        return max(OPEN_SECONDS, self.spec.dead_timeout) if self.path else OPEN_SECONDS
 
     def _on_link_failed(self, error: Exception) -> None:
         """Fail the disk; but a device that was asked for at run time fails alone."""

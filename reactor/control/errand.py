@@ -27,6 +27,7 @@ class Errand:
         self._kind = ""
         self._expected = ""
         self._take: Callable[[WorkerProcess, Message], None] | None = None
+        self._late: Callable[[WorkerProcess, str], None] | None = None
         self._deadline: Timer | None = None
         self._repeat: Timer | None = None
         self._call: Call | None = None
@@ -69,15 +70,24 @@ class Errand:
         self._kind = kind
         self._expected = answer
         self._take = take
-
-        def expire() -> None:
-            for worker in list(self._awaited):
-                self.excuse(worker)
-                late(worker, f"worker core {worker.core} did not answer {kind}")
-            self._on_end()
-
-        self._deadline = self._reactor.call_later(within, expire)
+        self._late = late
+        self._deadline = self._reactor.call_later(within, self._expire)
         self._repeat_later(fields)
+
+    def hurry(self, within: float) -> None:
+        """Await the answers for no more than so many seconds from now."""
+        deadline = self._deadline
+        if deadline is not None and deadline.deadline_ns > self._reactor.clock() + within * 1e9:
+            deadline.cancel()
+            self._deadline = self._reactor.call_later(within, self._expire)
+
+    def _expire(self) -> None:
+        late = self._late
+        for worker in list(self._awaited):
+            self.excuse(worker)
+            if late is not None:
+                late(worker, f"worker core {worker.core} did not answer {self._kind}")
+        self._on_end()
 
     def said_since(self, time_ns: int, worker: WorkerProcess) -> bool:
         """Whether `worker` has yet to answer what it was told at that time or later."""

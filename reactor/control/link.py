@@ -25,6 +25,7 @@ PROBE_SECONDS: Final = 30.0
 FLUSH_SECONDS: Final = 60.0
 DETACH_SECONDS: Final = 30.0
 RETRY_SECONDS: Final = 0.05
+DYING_SECONDS: Final = 1.0  # from one try to reach a worker that is dying to the next
 TRIES_MAX: Final = 200
 TRIES_PER_COUNT: Final = 10
 HANDOVER_TRIES: Final = 200
@@ -88,6 +89,7 @@ class DeviceLink:
         self._tries = 0
         self._tries_for_sockets = 0
         self._failed_probes = 0
+        self._patience = 0  # seconds for which the kernel holds I/O
         self._linked_ns = 0
 
     @property
@@ -164,6 +166,7 @@ class DeviceLink:
         assert wanted is not None
         slots = self._new_slots()
         self._disk = spec.name
+        self._patience = spec.dead_timeout
         pairs = self._socket_pairs(slots)
         if pairs is None:
             return
@@ -266,6 +269,11 @@ class DeviceLink:
                 self._failed_probes = 0
                 return
             self._failed_probes += 1
+            late = isinstance(error, DeviceError) and error.errno == errno.ETIMEDOUT
+            if late and self._failed_probes * PROBE_SECONDS < self._patience:
+                log.warning("disk %s waits: %s", self._disk, reason(error))
+                self._errand.pause(RETRY_SECONDS)
+                return
             if device.can_reconnect or self._failed_probes >= PROBES_MAX:
                 self._on_failed(error)
                 return
@@ -380,6 +388,7 @@ class DeviceLink:
 
     def _hand_over(self, deliveries: list[Delivery], tries: int = HANDOVER_TRIES) -> None:
         """Give the workers their ends and keep none, so that the kernel sees a worker's death."""
+        pause = RETRY_SECONDS
         while deliveries:
             delivery = deliveries[0]
             try:
@@ -393,12 +402,13 @@ class DeviceLink:
                 log.warning("disk %s: worker core %d takes no sockets", self._disk, core)
             except OSError as error:
                 # The worker died; the kernel sees its link dead, and a later step tries again.
+                pause = DYING_SECONDS
                 log.warning("disk %s: handing over a socket: %s", self._disk, reason(error))
             delivery.end.close()
             deliveries.pop(0)
         self._linked_ns = self._reactor.clock()
         if not self.linked:
-            self._errand.pause(RETRY_SECONDS)
+            self._errand.pause(pause)
 
     def _deliver(self, delivery: Delivery) -> None:
         worker = delivery.share.worker

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
+from typing import Final
 
 from reactor.errors import UsageError, reason
 from reactor.log import logger
 from reactor.loop import Reactor
+
+EXTEND_SECONDS: Final = 10
 
 log = logger(__name__)
 
@@ -45,6 +49,17 @@ def feed_watchdog(reactor: Reactor) -> None:
         reactor.call_later(seconds, feed)
 
     feed()
+
+
+def extend_start(reactor: Reactor, is_over: Callable[[], bool]) -> None:
+    """Ask for more time until the start is over: what it waits for has deadlines of its own."""
+
+    def ask() -> None:
+        if not is_over():
+            notify(f"EXTEND_TIMEOUT_USEC={3 * EXTEND_SECONDS * 1_000_000}")
+            reactor.call_later(EXTEND_SECONDS, ask)
+
+    reactor.call_later(EXTEND_SECONDS, ask)
 
 
 def handed_sockets() -> dict[str, list[socket.socket]]:

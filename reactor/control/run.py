@@ -20,7 +20,7 @@ from reactor.control.demo import demo_disks
 from reactor.control.exporter import Exporter
 from reactor.control.linux import Linux
 from reactor.control.methods import methods
-from reactor.control.notify import feed_watchdog, handed_sockets
+from reactor.control.notify import extend_start, feed_watchdog, handed_sockets
 from reactor.control.rpc import RpcServer
 from reactor.control.runtime import RuntimeDir
 from reactor.errors import reason
@@ -67,6 +67,7 @@ def run(options: Options) -> int:
             opened.callback(Exporter(reactor, options.metrics, controller).close)
         _take_signals(reactor, controller)
         feed_watchdog(reactor)
+        extend_start(reactor, lambda: controller.ready)
         controller.begin(saved, specs)
         leftovers.report(runtime.instance, {disk.spec.name for disk in controller.disks()})
         reactor.run()

@@ -43,6 +43,7 @@ class Share:
         self.size = 0  # bytes of the disk, as it last told
         self.members: list[int] | None = None  # it leads, and gives clients to these cores
         self.refusing = False  # it refuses I/O
+        self.unheard = ""  # why it leads, and clients find nobody
         self.statistics: dict[str, int] = {}
 
     def found(self, report: Mapping[str, Any]) -> None:
@@ -58,6 +59,7 @@ class Share:
         self.size = 0
         self.members = None
         self.refusing = False
+        self.unheard = ""
         self.statistics = {}
 
 
@@ -144,6 +146,14 @@ class Shares:
         """Whether no worker will ever be there."""
         return all(share.worker.state == "failed" for share in self._all)
 
+    def shortcoming(self) -> str:
+        """Return what is missing while the disk is served, if anything."""
+        closed = ", ".join(str(share.worker.core) for share in self.closed)
+        if self.opened and closed:
+            return f"served without core {closed}"
+        unheard = next((share.unheard for share in self._all if share.unheard), "")
+        return f"served without clients: {unheard}" if unheard else ""
+
     def statistics(self) -> dict[str, int]:
         """Return the sums of all counters."""
         total: Counter[str] = Counter()
@@ -164,10 +174,10 @@ class Shares:
             if share.worker.state == "failed":
                 self._give_up(share, ReactorError(share.worker.failure))
 
-    def open_next(self, spec: DiskSpec, least: int) -> None:
+    def open_next(self, spec: DiskSpec, least: int, within: float = OPEN_SECONDS) -> None:
         """Have the disk opened by the first that has yet to and whose worker runs, if any.
 
-        `least`: bytes that its storage must have; 0: it may be made.
+        `least`: bytes that its storage must have; 0: it may be made. `within` so many seconds.
         """
         core, *members = self.cores
         running = [share for share in self.closed if share.worker.state == "running"]
@@ -195,7 +205,7 @@ class Shares:
             [share],
             "start",
             "started",
-            OPEN_SECONDS,
+            within,
             started,
             spec=(spec if leads else replace(spec, listen=())).to_message(),
             shared=self._shared,
@@ -271,7 +281,8 @@ class Shares:
         self._ask(self.opened, "stop", "stopped", within, stopped, **fields)
 
     def kill_silent(self) -> None:
-        """End the workers whose answer is awaited and does not come."""
+        """Wait no longer than it usually takes, and end the workers that are silent meanwhile."""
+        self._errand.hurry(OPEN_SECONDS)
         for share in self._all:
             if self._errand.needs(share.worker) and share.worker.is_silent:
                 share.worker.kill(f"disk {self._disk} must stop and it does not answer")
@@ -289,6 +300,9 @@ class Shares:
 
     def answered(self, share: Share, message: Message) -> None:
         """Take what may be the answer to a command."""
+        if message["type"] == "unheard":
+            share.unheard = message["reason"]
+            return
         command = self._errand.answered(share.worker, message)
         if command is None:
             return

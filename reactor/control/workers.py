@@ -66,7 +66,7 @@ class WorkerProcess:
         self._start_seconds = START_SECONDS
         self._quick_deaths = 0
         self._short = False  # of memory or descriptors, and that was said
-        self._aborted = False
+        self._aborted = self._killed = False
         self.is_blocked = False  # a medium that it waits for was reported
         self._respawn: Timer | None = None
         self.is_outdated = False  # it serves on until it is replaced
@@ -148,7 +148,7 @@ class WorkerProcess:
         self._started_ns = self._heard_ns = self._reactor.clock()
         self._start_seconds = start_seconds
         self._events = 0
-        self._aborted = self.is_blocked = False
+        self._aborted = self._killed = self.is_blocked = False
         self.state = "starting"
 
     def owns(self, identity: bytes) -> bool:
@@ -244,8 +244,9 @@ class WorkerProcess:
 
     def kill(self, why: str) -> None:
         """Kill the process now; its end comes by `on_change`."""
-        if self._process is not None:
+        if self._process is not None and not self._killed:
             log.warning("worker core %d (pid %s) is killed: %s", self.core, self.pid, why)
+            self._killed = True  # once: it may take long to end
             self._process.send_signal(signal.SIGKILL)
 
     def shut_down(self) -> None:

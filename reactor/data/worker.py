@@ -18,15 +18,13 @@ from backends import registry
 from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
 from reactor.data.awaiting import await_storage
 from reactor.data.clientmemory import ClientMemory
-from reactor.data.listener import Listener
+from reactor.data.reception import Reception, close_all
 from reactor.data.serving import ServedDisk
-from reactor.data.spread import ClientSpread
 from reactor.errors import BusError, ReactorError, error_number, reason
 from reactor.log import logger
 from reactor.loop import Reactor, Timer
 from reactor.messages import HANDOVERS, Message, decode
-from reactor.protocol.export import Export
-from reactor.spec import Address, DiskSpec
+from reactor.spec import DiskSpec
 
 HEARTBEAT_SECONDS: Final = 1.0
 IDLE_HEARTBEAT_SECONDS: Final = 2.0  # the controller waits for five
@@ -60,11 +58,9 @@ class Worker:
         self._runtime_dir = runtime_dir
         self._memory = ClientMemory(reactor)
         self._disks: dict[str, ServedDisk] = {}
-        self._spreads: dict[str, ClientSpread] = {}  # of the shared disks whose listeners are here
         # Disks that wait for their storage: the command and what will go on with it.
         self._retries: dict[str, tuple[int, Timer]] = {}
-        self._listeners: dict[Address, list[Listener]] = {}
-        self._handed: dict[str, list[socket.socket]] = {}  # systemd's sockets, by name
+        self._reception = Reception(reactor, runtime_dir, self._on_unheard)
         self._welcomed = False
         self._inquiry = 0  # that is not answered yet
         self._controller = controller
@@ -79,8 +75,7 @@ class Worker:
         self._bus.close()
         self._reactor.remove_fd(self._descriptors.fileno())
         self._descriptors.close()
-        for socks in self._handed.values():
-            _close_all(socks)
+        self._reception.close()
 
     def end_if_orphaned(self) -> None:
         """Finish what is in flight, let go of everything and exit: SIGTERM without a controller.
@@ -88,6 +83,7 @@ class Worker:
         systemd signals the whole control group: while the controller lives, stopping is its affair.
         """
         if select.select([self._controller], [], [], 0)[0]:
+            self._forget_retries()
             for name in list(self._disks):
                 self._stop({"id": 0, "disk": name, "seconds": DRAIN_SECONDS})
             self._end_when_stopped()
@@ -142,8 +138,7 @@ class Worker:
 
     def _be_asked(self, message: Message) -> None:
         self._meet(message["controller"])
-        for name in list(self._retries):  # of an earlier controller, perhaps
-            self._forget_retry(name)
+        self._forget_retries()  # of an earlier controller, perhaps
         self._inquiry = message["id"]
         self._answer(message["id"])
 
@@ -201,7 +196,7 @@ class Worker:
                 self._retries[spec.name] = message["id"], timer
                 return
             try:
-                self._listen(served)
+                self._listen(served, message)
             except BaseException:
                 served.stop(0, lambda: None)
                 if served.disk.made:
@@ -213,14 +208,14 @@ class Worker:
         ):
             raise OSError(errno.EBUSY, f"disk {spec.name} is served with another config")
         elif served.spec.listen != spec.listen:  # another worker led, or does from now on
-            self._unlisten(served)
+            self._reception.unlisten(served)
             served.spec = spec
-            self._listen(served)
+            self._listen(served, message)
         served.leads, served.members = message["leads"], message["members"]
         if served.leads:
-            self._spread(served)
+            self._reception.spread(served)
         else:
-            self._unlisten(served)
+            self._reception.unlisten(served)
         export = served.export
         self._bus.send(
             "started",
@@ -243,6 +238,15 @@ class Worker:
             memory=self._memory,
         )
 
+    def _listen(self, served: ServedDisk, message: Message) -> None:
+        """Listen for clients; what was open before is served without them, if need be."""
+        self._take_descriptors(0)  # the controller sent systemd's sockets before
+        self._reception.listen(served, must=not message["least"])
+
+    def _forget_retries(self) -> None:
+        for name in list(self._retries):
+            self._forget_retry(name)
+
     def _forget_retry(self, name: str) -> None:
         if name in self._retries:
             self._retries.pop(name)[1].cancel()
@@ -259,7 +263,7 @@ class Worker:
         if served is None:
             stopped()
             return
-        self._unlisten(served)
+        self._reception.unlisten(served)
         served.stop(message["seconds"], stopped)
 
     def _release(self, message: Message) -> None:
@@ -278,7 +282,7 @@ class Worker:
         if served is None:
             self._bus.send("removed", id=0, disk=message["disk"], reason="it is not served")
             return
-        self._unlisten(served)
+        self._reception.unlisten(served)
         served.remove("hot remove was asked for")
 
     def _resize(self, message: Message) -> None:
@@ -339,68 +343,14 @@ class Worker:
         return sent
 
     def _on_removed(self, served: ServedDisk, why: str) -> None:
-        self._unlisten(served)
+        self._reception.unlisten(served)
         self._bus.send("removed", id=0, disk=served.spec.name, reason=why)
+
+    def _on_unheard(self, disk: str, why: str) -> None:
+        self._bus.send("unheard", disk=disk, reason=why)
 
     def _on_disconnected(self, served: ServedDisk, generation: int, why: str) -> None:
         self._bus.send("disconnected", disk=served.spec.name, generation=generation, reason=why)
-
-    # --- listeners ---
-
-    def _spread(self, served: ServedDisk) -> None:
-        """Give the clients of a disk to its members too."""
-        name = served.spec.name
-        members = [descriptor_socket(self._runtime_dir, core) for core in served.members]
-        if name in self._spreads:
-            self._spreads[name].members = members
-            return
-
-        def serve(client: socket.socket, trailing: bytes) -> None:
-            served.serve(client, 0, trailing)
-
-        self._spreads[name] = ClientSpread(self._reactor, name, members, serve)
-
-    def _listen(self, served: ServedDisk) -> None:
-        """Listen for the disk's clients on all its addresses, or none; raises OSError."""
-        try:
-            for address in served.spec.listen:
-                if address not in self._listeners:
-                    self._listeners[address] = self._open_listeners(address)
-                for listener in self._listeners[address]:
-                    listener.exports[served.spec.name] = served.export
-        except BaseException:
-            self._unlisten(served)
-            served.spec = replace(served.spec, listen=())
-            raise
-
-    def _unlisten(self, served: ServedDisk) -> None:
-        spread = self._spreads.pop(served.spec.name, None)
-        if spread is not None:
-            spread.close()
-        for address in served.spec.listen:
-            for listener in self._listeners.get(address, ()):
-                listener.exports.pop(served.spec.name, None)
-            if not any(listener.exports for listener in self._listeners.get(address, ())):
-                for listener in self._listeners.pop(address, ()):
-                    listener.close()
-
-    def _open_listeners(self, address: Address) -> list[Listener]:
-        if address.kind != "systemd":
-            return [Listener(self._reactor, address, self._on_client)]
-        self._take_descriptors(0)  # the controller sent them before it asked for the disk
-        handed = self._handed.get(address.target)
-        if not handed:
-            raise OSError(errno.ENOENT, f"systemd handed over no socket called {address.target}")
-        return [
-            Listener(self._reactor, address, self._on_client, sock=sock.dup()) for sock in handed
-        ]
-
-    def _on_client(self, sock: socket.socket, export: Export, trailing: bytes) -> None:
-        served = self._disks.get(export.name)
-        if served is None:
-            sock.close()
-        else:
-            self._spreads[export.name].give(sock, trailing, served.clients)
 
     # --- descriptors from the controller ---
 
@@ -427,7 +377,7 @@ class Worker:
             message = decode(header, HANDOVERS)
         except (BusError, OSError) as error:
             log.warning("handover refused: %s", reason(error))
-            _close_all(socks)
+            close_all(socks)
             for fd in fds:
                 os.close(fd)
             return
@@ -438,15 +388,14 @@ class Worker:
         except (OSError, ValueError) as error:
             level = INFO if message["type"] == "client" else WARNING  # who gave it serves it
             log.log(level, "handover refused: %s", reason(error))
-            _close_all(socks)
+            close_all(socks)
             if message["type"] == "connection":
                 fields = {name: message[name] for name in ("disk", "generation")}
                 self._bus.send("disconnected", reason=reason(error), **fields)
 
     def _take(self, message: Message, socks: list[socket.socket]) -> None:
         if message["type"] == "listener":
-            _close_all(self._handed.pop(message["name"], []))
-            self._handed[message["name"]] = socks
+            self._reception.hand_over(message["name"], socks)
             return
         served = self._served(message)
         for sock in socks:
@@ -457,11 +406,6 @@ class Worker:
             return
         for sock in socks:
             served.serve(sock, message["generation"], position=message["position"])
-
-
-def _close_all(socks: list[socket.socket]) -> None:
-    for sock in socks:
-        sock.close()
 
 
 def _disk_name(message: Message) -> str:

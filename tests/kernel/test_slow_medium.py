@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from reactor.control.shares import OPEN_SECONDS
 from reactor.protocol.wire import NBD_CMD_FLAG_FUA, NBD_CMD_WRITE
 from tests.client import Client
 from tests.commands import fio_verify, fio_verify_command
@@ -201,4 +202,33 @@ disks:
     assert running.await_state("direct", "online")["reason"] == ""
     fio_verify("/dev/nbd0", "2M")
     assert "failed" not in running.log
+    assert running.stop() == 0
+
+
+@pytest.mark.timeout(300)
+def test_a_device_waits_for_a_medium_that_hangs_when_its_worker_starts_again(
+    media: list[Medium], service: Start, tmp_path: Path
+) -> None:
+    """Longer than an answer of a worker may take otherwise, and nothing else has to wait for it."""
+    _, direct, _ = media
+    running = service(f"""
+disks:
+  direct: {{backend: file, path: {direct.path}, direct: true, device: /dev/nbd0}}
+  ram: {{backend: malloc, size: 16MiB, device: /dev/nbd1}}
+""")
+    write = ["dd", "if=/dev/zero", "of=/dev/nbd0", "bs=4k", "count=1", "oflag=direct"]
+    direct.hang()
+    try:
+        with working(write):
+            running.await_true(lambda: "1" in Path("/sys/block/nbd0/inflight").read_text().split())
+            running.workers()[0].kill()
+            running.await_line("disk direct waits for its storage, which does not answer")
+            running.await_state("ram", "online")
+            time.sleep(OPEN_SECONDS + 5)
+            assert "failed" not in running.log
+            direct.go_on()
+    finally:
+        direct.go_on()
+    running.await_state("direct", "online")
+    fio_verify("/dev/nbd0", "2M")
     assert running.stop() == 0

@@ -286,7 +286,8 @@ class Scenario:
             self.world.note("%s hangs", storage)
             storage.hung = True
             # Longer than a disk's timeout it must not be: that is documented to cost data.
-            longest = 3 if storage in self._impatient() else 15
+            awaited = [d.storage for d in self.host.driver.configured() if d.dead_timeout == 600]
+            longest = 3 if storage in self._impatient() else 100 if storage in awaited else 15
             self.world.after(self.world.between(0.5, longest), self._unhang, storage)
 
     def _refuse_storage(self) -> None:

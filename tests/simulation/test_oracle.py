@@ -166,6 +166,14 @@ def give_workers_up_too_soon(patch: Patch) -> None:
     patch.setattr(workers, "BACKOFF_SECONDS", (0.0, 0.1))
 
 
+def open_within_a_minute(patch: Patch) -> None:
+    """A medium that hangs for longer fails the disk, whose device would wait."""
+    open_next = Shares.open_next
+    patch.setattr(
+        Shares, "open_next", lambda self, spec, least, _=0.0: open_next(self, spec, least)
+    )
+
+
 def fail_without_cause(patch: Patch) -> None:
     """A device that lost its connection twice is not worth the trouble."""
     patch.setattr(link, "TRIES_MAX", 2)
@@ -195,6 +203,7 @@ def fail_without_cause(patch: Patch) -> None:
         (make_what_is_gone, "is made anew|passes from"),
         (forget_what_was_made, "is made anew"),
         (give_workers_up_too_soon, "keeps dying|without need"),
+        (open_within_a_minute, "did not answer start|an I/O error"),
         (fail_without_cause, "lost its connection 2 times"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from reactor.control import tags
 from reactor.errors import reason
 from reactor.messages import Message
 from reactor.protocol.wire import (
@@ -303,9 +304,7 @@ class Worker:
     def _inquire(self, message: Message) -> None:
         self._controller = message["controller"]
         self._welcomed = True
-        for retry in self._retries.values():
-            retry.cancel()
-        self._retries.clear()
+        self._forget_retries()
         self._inquiry = message["id"]
         self.answer_inquiry()
 
@@ -322,6 +321,11 @@ class Worker:
         if retry is not None:
             retry.cancel()
         disk = self.disks.get(spec.name)
+        if disk is None and self._hangs(spec):
+            wait = partial(self._start_again, message, tries)
+            run = self.process.run
+            self._retries[spec.name] = self.process.world.after(START_RETRY_SECONDS, run, wait)
+            return
         if disk is None:
             try:
                 how = {"shared": message["shared"], "least": message["least"]}
@@ -343,6 +347,20 @@ class Worker:
         disk.members = message["members"]
         answer = {"size": disk.size, "block_size": disk.block_size, "flags": disk.flags}
         self.say("started", id=message["id"], disk=spec.name, **answer)
+
+    def _forget_retries(self) -> None:
+        for retry in self._retries.values():
+            retry.cancel()
+        self._retries.clear()
+
+    def _hangs(self, spec: DiskSpec) -> bool:
+        host = self.process.host
+        storage = host.store.find(spec)
+        if storage is None or not storage.hung:
+            return False
+        if not any(tags.disk(device.tag) == spec.name for device in host.driver.configured()):
+            host.causes.strike(spec.name, "did not answer start")  # nobody waits for longer
+        return True
 
     def _start_again(self, message: Message, tries: int) -> None:
         try:
@@ -400,6 +418,7 @@ class Worker:
         """Act on SIGTERM: drain everything and exit, unless a controller lives."""
         if self._controller != self.process.host.controller_pid and not self._terminating:
             self._terminating = True
+            self._forget_retries()
             for disk in list(self.disks.values()):
                 disk.stop(0, 10.0)
             self._exit_if_terminated()

@@ -8,7 +8,7 @@ host.py used                            what uses devices of the service: [line,
 host.py releases                        what runs: {release: [process, ...]}
 host.py old CURRENT KEPT                releases that can go: [path, ...]
 
-DEVICES, DIRECTORIES and FILES are JSON lists; what `place` takes are JSON objects: target to source.
+DEVICES, DIRECTORIES and FILES are JSON lists, COPIES and LINKS JSON objects: target to source.
 """
 
 from __future__ import annotations
