@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from socket import MSG_DONTWAIT, MSG_PEEK, socket
 from typing import Final
 
+from reactor import background
 from reactor.attach import occupants, sysfs
+from reactor.attach.apart import apart
 from reactor.attach.block import Attachment, Device, while_busy
 from reactor.attach.genetlink import U32, U64, Family, attribute, nested
 from reactor.errors import DeviceError, reason
@@ -92,15 +94,27 @@ def _connect(family: Family, index: int | None, attachment: Attachment) -> int:
 
 
 def set_io_timeout(index: int) -> None:
-    """Have I/O that was in flight when a worker died sent again soon."""
+    """Have I/O that was in flight when a worker died sent again soon; not awaited.
+
+    Since Linux 6.11 the kernel first awaits the requests in flight, which may wait for us.
+    """
+
+    def set_it() -> None:
+        try:
+            sysfs.set_io_timeout(index, IO_TIMEOUT_MS)
+        except OSError as error:
+            warn(error)
+
+    def warn(error: OSError) -> None:
+        message = "/dev/nbd%d: I/O in flight will stall for 30 s when its worker dies: %s"
+        log.warning(message, index, reason(error))
+
+    if sysfs.io_timeout(index) == IO_TIMEOUT_MS:
+        return
     try:
-        sysfs.set_io_timeout(index, IO_TIMEOUT_MS)
+        background.start(lambda: apart(set_it))
     except OSError as error:
-        log.warning(
-            "/dev/nbd%d: I/O in flight will stall for 30 s when its worker dies: %s",
-            index,
-            reason(error),
-        )
+        warn(error)
 
 
 class NetlinkDevice(Device):
@@ -131,6 +145,8 @@ class NetlinkDevice(Device):
             raise DeviceError(errno.EAGAIN, message)
 
     def resize(self, size: int, block_size: int) -> None:
+        if sysfs.size(self.index) == size and sysfs.block_size(self.index) == block_size:
+            return  # to say it again may wait for the requests in flight (Linux 6.14)
         try:
             self._reconfigure(
                 "cannot change its size",

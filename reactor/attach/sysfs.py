@@ -70,6 +70,11 @@ def is_free(index: int) -> bool:
     return pid(index) is None and not (size(index) or in_flight(index) or holders(index))
 
 
+def io_timeout(index: int) -> int:
+    """Return after how many milliseconds the block layer asks the driver about a request."""
+    return int(_read(index, "queue/io_timeout") or 0)
+
+
 def set_io_timeout(index: int, milliseconds: int) -> None:
     """Set after how long the block layer asks the driver about a request; raises OSError."""
     (BLOCK / f"nbd{index}/queue/io_timeout").write_text(str(milliseconds))

@@ -62,7 +62,8 @@ class Errand:
         reached now none is awaited.
         """
         assert not self.busy()
-        self._command += 1
+        # Of the clock: no other disk of its name, nor an earlier controller, ever said it.
+        self._command = max(self._command + 1, self._reactor.clock() // 1_000_000)
         fields["id"] = self._command
         self._awaited = {worker: None for worker in workers if worker.send(kind, **fields)}
         if not self._awaited:

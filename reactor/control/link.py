@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -13,6 +12,7 @@ from reactor.attach.device import Device
 from reactor.control.errand import Errand
 from reactor.control.platform import Platform
 from reactor.control.shares import ANSWER_SECONDS, DRAIN_SECONDS, Geometry, Share
+from reactor.control.slots import Delivery, Slot, drop
 from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess
 from reactor.errors import DeviceError, reason
@@ -36,26 +36,6 @@ STEADY_SECONDS: Final = 10.0  # a connection that lasted so long was a good one
 GONE: Final = (errno.ENODEV, errno.EBUSY)
 
 log = logger(__name__)
-
-
-@dataclass(slots=True)
-class Slot:
-    """A socket of the device."""
-
-    place: int  # the connection whose worker should serve it
-    share: Share | None = None  # who does; None: it must be replaced
-    generation: int = 0  # of the socket
-    handed_ns: int = 0  # when it was given to the worker
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A worker's end of a new socket, on its way."""
-
-    slot: Slot
-    share: Share
-    pid: int | None  # to a later worker the end means nothing: it has not opened the disk yet
-    end: socket.socket
 
 
 class DeviceLink:
@@ -89,7 +69,8 @@ class DeviceLink:
         self._tries = 0
         self._tries_for_sockets = 0
         self._failed_probes = 0
-        self._patience = 0  # seconds for which the kernel holds I/O
+        self._dead_timeout = 0  # seconds for which the kernel holds I/O
+        self._waited = 0.0  # seconds, for calls that did not finish
         self._linked_ns = 0
 
     @property
@@ -122,6 +103,7 @@ class DeviceLink:
 
     def worker_lost(self, share: Share) -> None:
         """Note that the worker's ends of all its sockets are gone."""
+        self.fitted = False  # until it is opened again the storage may change
         for slot in self._slots:
             if slot.share is share:
                 self._lose(slot)
@@ -146,6 +128,7 @@ class DeviceLink:
         self.probed = True
         self.fitted = False
         self._disk = spec.name
+        self._dead_timeout = spec.dead_timeout
         self._slots = self._new_slots()
 
     def found(self, share: Share, connections: Iterable[tuple[int, int]], asked_ns: int) -> None:
@@ -166,7 +149,7 @@ class DeviceLink:
         assert wanted is not None
         slots = self._new_slots()
         self._disk = spec.name
-        self._patience = spec.dead_timeout
+        self._dead_timeout = spec.dead_timeout
         pairs = self._socket_pairs(slots)
         if pairs is None:
             return
@@ -187,7 +170,7 @@ class DeviceLink:
 
         def attached(device: Device | None, error: Exception | None) -> None:
             if device is None:
-                _drop(deliveries)
+                drop(deliveries)
                 assert error is not None
                 self._on_failed(error)
                 return
@@ -241,16 +224,16 @@ class DeviceLink:
         def reconnected(_: None, error: Exception | None) -> None:
             if error is None:
                 log.info("disk %s: device %s has a new socket", self._disk, device.path)
+                self._waited = 0.0
                 self._hand_over(deliveries)
                 return
-            _drop(deliveries)
+            drop(deliveries)
             if isinstance(error, DeviceError) and error.errno == errno.EAGAIN:
                 # Either the kernel has not noticed yet, or it has fewer sockets than we think.
-                unsure = self._adopted and len(self._slots) > 1
-                if unsure and self._tries % TRIES_PER_COUNT == 0:
+                if self._adopted and len(self._slots) > 1 and self._tries % TRIES_PER_COUNT == 0:
                     self._slots.remove(mended[-1])
                 self._errand.pause(RETRY_SECONDS)
-            else:
+            elif not self._waits(error, ATTACH_SECONDS):
                 self._refused(device, error)
 
         self._errand.call(
@@ -266,14 +249,11 @@ class DeviceLink:
         def probed(_: None, error: Exception | None) -> None:
             if error is None:
                 self.probed = True
-                self._failed_probes = 0
+                self._failed_probes, self._waited = 0, 0.0
+                return
+            if self._waits(error, PROBE_SECONDS):
                 return
             self._failed_probes += 1
-            late = isinstance(error, DeviceError) and error.errno == errno.ETIMEDOUT
-            if late and self._failed_probes * PROBE_SECONDS < self._patience:
-                log.warning("disk %s waits: %s", self._disk, reason(error))
-                self._errand.pause(RETRY_SECONDS)
-                return
             if device.can_reconnect or self._failed_probes >= PROBES_MAX:
                 self._on_failed(error)
                 return
@@ -287,11 +267,25 @@ class DeviceLink:
         """Tell the kernel the size of a disk that may have changed while nobody served it."""
 
         def fitted(error: Exception | None) -> None:
-            self.fitted = True
-            if error is not None:
+            self.fitted = error is None
+            if error is not None and not self._waits(error, ATTACH_SECONDS):
                 self._refused(device, error)
 
         self.resize(device, geometry, fitted)
+
+    def _waits(self, error: Exception, seconds: float) -> bool:
+        """Try again if what did not finish in so many seconds is in nobody's way yet.
+
+        The medium hangs, or another program holds the lock of all nbd devices.
+        """
+        if not isinstance(error, DeviceError) or error.errno != errno.ETIMEDOUT:
+            return False
+        self._waited += seconds
+        if self._waited >= self._dead_timeout:
+            return False
+        log.warning("disk %s waits: %s", self._disk, reason(error))
+        self._errand.pause(RETRY_SECONDS)
+        return True
 
     def _attach_anew(self, device: Device, error: Exception) -> None:
         """Do so, as by ioctl an error may be the first that shows of a worker's death."""
@@ -472,7 +466,7 @@ class DeviceLink:
         except OSError as error:
             for end in kernel_ends:
                 end.close()
-            _drop(deliveries)
+            drop(deliveries)
             log.warning("disk %s: no socket for a device: %s", self._disk, reason(error))
             self._tries_for_sockets += 1
             if self._tries_for_sockets > TRIES_MAX:
@@ -493,8 +487,3 @@ class DeviceLink:
 
         name = f"detaching {device.path}"
         self._platform.call(name, DETACH_SECONDS, device.detach, detached)
-
-
-def _drop(deliveries: Sequence[Delivery]) -> None:
-    for delivery in deliveries:
-        delivery.end.close()

@@ -35,6 +35,7 @@ HANDOVERS_PER_TURN: Final = 16
 RETRIED: Final = (errno.EBUSY, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 START_RETRY_SECONDS: Final = 0.1
 START_TRIES: Final = 50
+FAILURES_MAX: Final = 64  # that are remembered
 DRAIN_SECONDS: Final = 10.0
 AGAIN_SECONDS: Final = 0.05  # until what is not so yet is looked at again
 
@@ -60,6 +61,7 @@ class Worker:
         self._disks: dict[str, ServedDisk] = {}
         # Disks that wait for their storage: the command and what will go on with it.
         self._retries: dict[str, tuple[int, Timer]] = {}
+        self._failures: dict[str, tuple[int, Exception]] = {}  # by disk: of the last `start`
         self._reception = Reception(reactor, runtime_dir, self._on_unheard)
         self._welcomed = False
         self._inquiry = 0  # that is not answered yet
@@ -128,6 +130,10 @@ class Worker:
             self._failed(message, error)
 
     def _failed(self, message: Message, error: Exception) -> None:
+        if message["type"] == "start":
+            self._failures[_disk_name(message)] = message["id"], error
+            if len(self._failures) > FAILURES_MAX:
+                del self._failures[next(iter(self._failures))]
         self._bus.send(
             "failed",
             id=message.get("id", 0),
@@ -169,6 +175,9 @@ class Worker:
         command, _ = self._retries.get(spec.name, (0, None))
         if command == message["id"]:  # it was only said again
             return
+        command, error = self._failures.pop(spec.name, (0, None))
+        if command == message["id"] and error is not None:  # it has failed, and that stands
+            raise error
         begin = partial(self._try_to_start, START_TRIES)
         self._forget_retry(spec.name)
         if spec.name in self._disks:

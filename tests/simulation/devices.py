@@ -103,7 +103,8 @@ class NetlinkDevice(SimulatedDevice):
             self._check()
         except Waits:
             raise Waits(partial(self.resize, size, block_size)) from None
-        self._kernel.change_size(size)
+        if self._kernel.size != size:
+            self._kernel.change_size(size)
 
     def detach(self) -> None:
         """Disconnect it and wait until it is free."""

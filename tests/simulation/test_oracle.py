@@ -53,7 +53,7 @@ def adopt_nothing(patch: Patch) -> None:
 
 
 def keep_the_sockets(patch: Patch) -> None:
-    patch.setattr(link, "_drop", lambda _: None)
+    patch.setattr(link, "drop", lambda _: None)
 
 
 def hold_no_requests(patch: Patch) -> None:

@@ -269,6 +269,7 @@ class Worker:
         self._retries: dict[str, Event] = {}
         self._welcomed = False
         self._terminating = False
+        self._failures: dict[str, tuple[int, OSError]] = {}  # by disk: of the last `start`
         self._refused = 0  # a resize, which is refused again
         self._controller = process.host.controller_pid
         self._inquiry: int | None = None  # its id, while it waits for the disks that end
@@ -289,9 +290,14 @@ class Worker:
             handler(message)
             self._die_perhaps()
         except OSError as error:
-            disk = message["spec"]["name"] if "spec" in message else message.get("disk", "")
-            fields = {"errno": error.errno or errno.EIO, "reason": reason(error)}
-            self.say("failed", id=message.get("id", 0), disk=disk, **fields)
+            self._fail(message, error)
+
+    def _fail(self, message: Message, error: OSError) -> None:
+        disk = message["spec"]["name"] if "spec" in message else message.get("disk", "")
+        if message["type"] == "start":
+            self._failures[disk] = message["id"], error
+        fields = {"errno": error.errno or errno.EIO, "reason": reason(error)}
+        self.say("failed", id=message.get("id", 0), disk=disk, **fields)
 
     def _die_perhaps(self) -> None:
         if self.process.host.faults.strikes("a worker dies at a step"):
@@ -317,6 +323,9 @@ class Worker:
 
     def _start(self, message: Message, tries: int = START_TRIES) -> None:
         spec = DiskSpec.from_message(message["spec"])
+        command, failure = self._failures.pop(spec.name, (0, None))
+        if command == message["id"] and failure is not None:
+            raise failure
         retry = self._retries.pop(spec.name, None)
         if retry is not None:
             retry.cancel()
@@ -366,9 +375,7 @@ class Worker:
         try:
             self._start(message, tries)
         except OSError as error:
-            fields = {"errno": error.errno or errno.EIO, "reason": reason(error)}
-            name = message["spec"]["name"]
-            self.say("failed", id=message["id"], disk=name, **fields)
+            self._fail(message, error)
 
     def _stop(self, message: Message) -> None:
         name = message["disk"]
