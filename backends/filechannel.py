@@ -322,7 +322,9 @@ class FileChannel(Channel):
     def _continue_write(
         self, request: Request, owner: Owner, buffer: AlignedBuffer, start: int
     ) -> None:
-        flags = os.RWF_DSYNC if request[FLAGS] & NBD_CMD_FLAG_FUA else 0
+        # With the page cache it would also take the error of earlier writes, as if it were its own.
+        durable = self._file.direct and request[FLAGS] & NBD_CMD_FLAG_FUA
+        flags = os.RWF_DSYNC if durable else 0
         tag = (self._write_done, request, owner, buffer, start)
         offset = request[OFFSET] + start
         self._engine.write(buffer, start, request[LENGTH] - start, offset, flags, tag)
@@ -332,12 +334,15 @@ class FileChannel(Channel):
         done = start + result
         if done == request[LENGTH]:
             buffer.release()
-            owner.complete(request, 0, DONE)
+            if self._file.direct:
+                owner.complete(request, 0, DONE)
+            else:
+                self._end(request, owner, 0)
         elif result > 0:
             self._continue_write(request, owner, buffer, done)
         else:
             buffer.release()
-            if result == -errno.EIO and request[FLAGS] & NBD_CMD_FLAG_FUA:
+            if result == -errno.EIO and self._file.direct and request[FLAGS] & NBD_CMD_FLAG_FUA:
                 self._note_failed_sync(errno.EIO)
             self._fail(request, owner, -result or errno.EIO)
 

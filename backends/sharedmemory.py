@@ -22,7 +22,13 @@ from typing import Final
 from urllib.parse import quote, unquote
 
 from backends.api import CHUNK_SHIFT
-from backends.linux import lock_range, unlock_range
+from backends.linux import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    fallocate,
+    lock_range,
+    unlock_range,
+)
 from reactor.log import logger
 
 DIRECTORY: Final = Path("/dev/shm")
@@ -34,6 +40,7 @@ DATA: Final = 1 << 31  # ... and the disk, behind the largest map
 HEADER: Final = Struct("<8sIQ32s")  # magic, version, size of the disk, digest of whose it is
 MAGIC: Final = b"nbdshmem"
 VERSION: Final = 3
+PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python does not name it
 
 _ZEROES: Final = memoryview(bytes(CHUNK))
@@ -181,7 +188,8 @@ class SharedMemory:
             # memory for the page, or is killed if there is none, which loses nothing: the next
             # worker finds the map right, and the kernel sends the write again.
             self._mapping[MAP + first : MAP + last] = bytes(last - first)
-            self._mapping.madvise(mmap.MADV_REMOVE, DATA + begin, end - begin)
+            # Not madvise(MADV_REMOVE): that fails where memory is locked.
+            fallocate(self.fd, PUNCH, DATA + begin, end - begin)
         finally:
             self._unlock(first, last)
         return True
@@ -218,7 +226,8 @@ class SharedMemory:
         room = len(self._mapping) - DATA
         if size < found:
             self._write_header(size)
-            self.trim(size, room)
+            with suppress(OSError):  # it only gives memory back; to grow again zeroes it
+                self.trim(size, room)
         elif size > found:
             self.zero(found, room)  # what an earlier shrinking left there
             self._extend(size)

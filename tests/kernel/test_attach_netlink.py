@@ -197,7 +197,7 @@ def test_requests_are_asked_for_every_second_unless_that_would_fail_slow_ones(
 ) -> None:
     server.flags = FLAGS_ALL | wire.NBD_FLAG_CAN_MULTI_CONN
     device = attached(timeout=timeout, connections=connections)
-    await_true(lambda: int(queue(device, "io_timeout")) == expected)
+    wait_until(lambda: int(queue(device, "io_timeout")) == expected)
     device.probe()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from backends.filechannel import POOLED_MIN
-from reactor.protocol.wire import NBD_CMD_READ, NBD_CMD_WRITE
+from reactor.protocol.wire import NBD_CMD_FLAG_FUA, NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_WRITE
 from tests.unit.file_disks import MIB, Open, Opened, opening
 
 
@@ -85,3 +85,20 @@ def test_a_write_to_a_part_of_a_page_that_is_not_cached_goes_to_the_engine(disk:
 def test_a_write_of_whole_pages_needs_no_engine(disk: Opened) -> None:
     disk.requester.write(4096, os.urandom(8192))
     assert disk.channel._engine.number == 0
+
+
+def test_a_durable_write_keeps_the_error_of_earlier_ones_that_it_meets(
+    monkeypatch: pytest.MonkeyPatch, disk: Opened
+) -> None:
+    """As of a thin pool that filled up behind the page cache: the kernel tells it only once."""
+    engine, reactor = disk.channel._engine, disk.channel._reactor
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(engine),
+            "datasync",
+            lambda _, tag: reactor.call_later(0, lambda: tag[0](-errno.ENOSPC, tag)),
+        )
+        written = disk.requester.do(NBD_CMD_WRITE, 0, 4096, bytes(4096), flags=NBD_CMD_FLAG_FUA)
+        assert written == (errno.ENOSPC, b"")
+    for _ in range(2):
+        assert disk.requester.do(NBD_CMD_FLUSH, 0, 0) == (errno.ENOSPC, b"")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +25,30 @@ from tests.unit.requests import replies, request
 READ, WRITE, _, FLUSH, TRIM, CACHE, ZEROES = range(7)
 NO_HOLE = 2
 INSTANCE = f"test-{os.getpid()}"
+#: Gives memory back though all of the process is locked.
+LOCKED = """\
+import sys
+from backends.malloc import BACKEND
+from reactor import pressure
+from reactor.loop import Reactor
+
+reactor = Reactor("poll")
+pressure.lock_memory()
+disk = BACKEND.create("locked", {"size": 4 << 20}, instance=sys.argv[1], reactor=reactor,
+                      block_size=512, readonly=False, shared=False)
+memory = disk.memory
+memory.back(0, 2 << 20)
+memory.data[:2 << 20] = bytes([1]) * (2 << 20)
+memory.zero(4096, 1 << 20)
+assert not any(memory.read(4096, (1 << 20) - 4096))
+assert memory.read(1 << 20, 1) == b"\\1" == memory.read(4095, 1)
+disk.resize(1 << 20)
+disk.resize(2 << 20)
+assert not any(memory.read(1 << 20, 1 << 20))
+disk.close()
+BACKEND.discard("locked", sys.argv[1])
+reactor.close()
+"""
 ROOT = Path(__file__).parents[2]
 
 Open = Callable[..., MallocDisk]
@@ -445,3 +471,15 @@ def test_an_impossible_new_size_changes_nothing(disk: Open, size: int) -> None:
     with pytest.raises(OSError, match="bytes is"):
         kept.resize(size)
     assert kept.size == 4 << 20
+
+
+def test_memory_is_given_back_where_all_is_locked() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOCKED, INSTANCE],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
