@@ -287,6 +287,26 @@ attach("/dev/nbd3", "netlink", tag={TAG!r}, size={SIZE}, block_size=512, flags={
     device.detach()
 
 
+def test_nobody_waits_until_the_kernel_has_taken_how_often_to_ask(
+    monkeypatch: pytest.MonkeyPatch, attached: Attach
+) -> None:
+    """Since Linux 6.11 that first waits for the requests in flight, which may wait for us."""
+    taken = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(sysfs, "set_io_timeout", lambda *_: taken.wait(WAIT_SECONDS))
+        attached().probe()
+        device = adopt(TAG, patient=True)
+        assert device is not None
+        assert queue(device, "io_timeout") == "30000"
+    assert adopt(TAG, patient=True) is not None
+    wait_until(lambda: queue(device, "io_timeout") == "1000")
+    taken.set()
+    said: list[int] = []
+    monkeypatch.setattr(sysfs, "set_io_timeout", lambda *_: said.append(1))
+    assert adopt(TAG, patient=True) is not None
+    assert not said
+
+
 def test_another_programs_tag_protects_its_device(server: Server, attached: Attach) -> None:
     theirs = attached(tag="nbd-reactor:other:memory")
     ours = NetlinkDevice(theirs.index, TAG)
