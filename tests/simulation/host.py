@@ -6,7 +6,9 @@ import os
 from collections import deque
 from typing import Any, Final
 
+from reactor.control import tags
 from reactor.messages import HANDOVERS, Message, decode, encode
+from reactor.spec import DiskSpec
 from tests.simulation.bus import Hub
 from tests.simulation.causes import Causes
 from tests.simulation.faults import Faults
@@ -131,3 +133,12 @@ class Host:
             taken.append((end.dup(process.ends), header))
             end.close()
         return taken
+
+    def hangs(self, spec: DiskSpec) -> bool:
+        """Whether the medium of a disk that is to be opened does nothing."""
+        storage = self.store.find(spec)
+        if storage is None or not storage.hung:
+            return False
+        if not any(tags.disk(device.tag) == spec.name for device in self.driver.configured()):
+            self.causes.strike(spec.name, "did not answer start")  # nobody waits for longer
+        return True

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from reactor.control import tags
 from reactor.errors import reason
 from reactor.messages import Message
 from reactor.protocol.wire import (
@@ -330,7 +329,7 @@ class Worker:
         if retry is not None:
             retry.cancel()
         disk = self.disks.get(spec.name)
-        if disk is None and self._hangs(spec):
+        if disk is None and self.process.host.hangs(spec):
             wait = partial(self._start_again, message, tries)
             run = self.process.run
             self._retries[spec.name] = self.process.world.after(START_RETRY_SECONDS, run, wait)
@@ -361,15 +360,6 @@ class Worker:
         for retry in self._retries.values():
             retry.cancel()
         self._retries.clear()
-
-    def _hangs(self, spec: DiskSpec) -> bool:
-        host = self.process.host
-        storage = host.store.find(spec)
-        if storage is None or not storage.hung:
-            return False
-        if not any(tags.disk(device.tag) == spec.name for device in host.driver.configured()):
-            host.causes.strike(spec.name, "did not answer start")  # nobody waits for longer
-        return True
 
     def _start_again(self, message: Message, tries: int) -> None:
         try:
