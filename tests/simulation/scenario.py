@@ -282,13 +282,19 @@ class Scenario:
 
     def _hang_storage(self) -> None:
         storage = self.host.store.pick()
-        if storage is not None:
-            self.world.note("%s hangs", storage)
-            storage.hung = True
-            # Longer than a disk's timeout it must not be: that is documented to cost data.
-            awaited = [d.storage for d in self.host.driver.configured() if d.dead_timeout == 600]
-            longest = 3 if storage in self._impatient() else 100 if storage in awaited else 15
-            self.world.after(self.world.between(0.5, longest), self._unhang, storage)
+        if storage is None:
+            return
+        self.world.note("%s hangs", storage)
+        storage.hung = True
+        awaited = [d.storage for d in self.host.driver.configured() if d.dead_timeout == 600]
+        # Longer than a disk's timeout it must not be: that is documented to cost data.
+        least, most = (0.5, 3) if storage in self._impatient() else (0.5, 15)
+        if most > 3 and storage in awaited and self.world.chance(0.3):
+            least, most = 60, 100
+            storage.outlasts = True
+            for process in list(storage.openers):
+                process.send_signal(signal.SIGKILL)
+        self.world.after(self.world.between(least, most), self._unhang, storage)
 
     def _refuse_storage(self) -> None:
         name = self.world.random.choice(list(self.operator.subjects))
@@ -309,7 +315,7 @@ class Scenario:
         ]
 
     def _unhang(self, storage: object) -> None:
-        storage.hung = False  # type: ignore[attr-defined]
+        storage.hung = storage.outlasts = False  # type: ignore[attr-defined]
 
 
 class _Log(logging.Handler):

@@ -24,6 +24,7 @@ class Storage:
         self.size = size
         self.cut_from = 0  # bytes that it had before someone cut it
         self.hung = False  # the medium does nothing
+        self.outlasts = False  # ... also when all other faults are over
         self.blocks: dict[int, int] = {}  # as every process sees them
         self._durable: dict[int, int] = {}  # what the host cannot lose
         self.openers: dict[Any, str | None] = {}  # by process: who it shares it with, None: nobody
@@ -42,7 +43,7 @@ class Storage:
                 self.blocks[block] = self._durable.get(block, 0)
         self._durable = dict(self.blocks)
         self.openers.clear()
-        self.hung = False
+        self.hung = self.outlasts = False
 
 
 class Store:
@@ -177,7 +178,7 @@ class Store:
         """Let all media work."""
         self.refusals.clear()
         for storage in self._storages.values():
-            storage.hung = False
+            storage.hung = storage.outlasts
 
     def memories(self) -> list[str]:
         """Return the disks that have memory."""
