@@ -17,6 +17,13 @@ from reactor.spec import Address
 NEGOTIATIONS_MAX: Final = 128  # clients in their handshake; one more takes the oldest's place
 ACCEPTS_PER_TURN: Final = 16
 ACCEPT_RETRY_SECONDS: Final = 1.0
+#: A client whose host vanished is found out in two minutes, and does not count for ever.
+KEEPALIVE: Final = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),  # seconds
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),  # seconds
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
+)
 
 log = logger(__name__)
 
@@ -83,6 +90,8 @@ class Listener:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for level, option, value in KEEPALIVE:
+                sock.setsockopt(level, option, value)
         if len(self._negotiations) >= NEGOTIATIONS_MAX:
             # Whoever connects and says nothing must not shut the others out.
             oldest = next(iter(self._negotiations))

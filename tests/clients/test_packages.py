@@ -28,7 +28,7 @@ SHARED = {
     "CHANGELOG.md": "doc/nbd-reactor",
     "LICENSE": "doc/nbd-reactor",
     "README.md": "doc/nbd-reactor",
-    "deploy/*.md": "doc/nbd-reactor",
+    "deploy/*.md": "doc/nbd-reactor/deploy",
     "deploy/completions/bash/*": "bash-completion/completions",
     "deploy/completions/fish/*": "fish/vendor_completions.d",
     "deploy/completions/zsh/*": "zsh/site-functions",

@@ -51,6 +51,39 @@ def test_devices_of_others_and_missing_directories_are_problems(
     assert [line.split()[0] for line in about] == ["/dev/nbd1", str(tmp_path / "nothing")]
 
 
+def test_a_device_is_used_by_mounts_swap_and_processes_of_whatever_namespace(
+    host: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc = tmp_path / "proc"
+    monkeypatch.setattr(host, "PROC", proc)
+    attach(host, "nbd0", "nbd-reactor:0123abcd:0:data")
+    attach(host, "nbd1", "nbd-reactor:another0:0:data")
+    for name, number in (("nbd0", "43:0"), ("nbd0/nbd0p1", "43:1"), ("nbd1", "43:32")):
+        (host.BLOCK / name).mkdir(exist_ok=True)
+        (host.BLOCK / name / "dev").write_text(f"{number}\n")
+    for pid, title, cgroup, target in (
+        ("10", "qemu", "/machine", "/dev/nbd0"),
+        ("11", "nbd-reactor: wor", "/system.slice/nbd-reactor.service", "/dev/nbd0"),
+        ("12", "(udev-worker)", "/system.slice", "/dev/nbd0"),
+        ("13", "dd", "/user", "/dev/nbd1"),
+    ):
+        (proc / pid / "fd").mkdir(parents=True)
+        (proc / pid / "fd/7").symlink_to(target)
+        (proc / pid / "comm").write_text(f"{title}\n")
+        (proc / pid / "cgroup").write_text(f"0::{cgroup}\n")
+        (proc / pid / "mountinfo").write_text("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n")
+    with (proc / "13/mountinfo").open("a") as table:
+        table.write("23 1 43:1 / /inside rw - ext4 /dev/nbd0p1 rw\n")
+    (proc / "swaps").write_text("Filename Type\n/dev/nbd0p1 partition\n")
+    assert host.used() == [
+        "/dev/nbd0 is mounted at /inside",
+        "/dev/nbd0p1 is swap",
+        "/dev/nbd0 is held open by 10 (qemu)",
+    ]
+    assert host.used('["data"]') == []
+    assert len(host.used('["other"]')) == 3
+
+
 def test_files_and_links_are_placed_once(host: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "unit").write_text("first")
     files = json.dumps({str(tmp_path / "etc/system/unit"): "unit"})

@@ -89,6 +89,8 @@ def test_bad_disks_are_refused_before_anything_changes(
     bad = {**DISKS, "raw": {**DISKS["raw"], "size": "32 apples"}}
     said = operator.play("install", fails=True, nbd_reactor_disks=bad)
     assert "disks.raw.size" in said
+    said = operator.play("install", fails=True, nbd_reactor_disks={"raw": DISKS["raw"]})
+    assert f"mounted at {MOUNT}" in said
     assert machine.run(CONTENT) == before
 
 

@@ -75,6 +75,17 @@ def test_a_client_over_tcp_waits_for_no_delayed_reply(world: World, tcp: Address
     assert world.handed[0][0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+def test_a_client_whose_host_vanishes_is_found_out(world: World, tcp: Address) -> None:
+    world.listen(tcp)
+    world.connect(tcp).sendall(GO)
+    world.until(lambda: world.handed)
+    served = world.handed[0][0]
+    assert served.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    idle, interval, count = (served.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+    assert idle + interval * count <= 120
+
+
 def test_a_client_that_dribbles_its_bytes_is_served(world: World, unix: Address) -> None:
     world.listen(unix)
     client = world.greet(unix)

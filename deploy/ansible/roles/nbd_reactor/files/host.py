@@ -4,15 +4,17 @@ host.py preflight DEVICES DIRECTORIES   {"python": version, "problems": [line, .
 host.py place PREFIX COPIES LINKS MODE  [path, ...] that it changed, or with MODE check would
 host.py untaken FILES                   files that are not as the service took them: [path, ...]
 host.py taken FILES                     notes that the service took them as they are: null
-host.py used                            what uses devices of the service: [line, ...]
+host.py used [KEPT]                     what uses devices of the service: [line, ...]
 host.py releases                        what runs: {release: [process, ...]}
 host.py old CURRENT KEPT                releases that can go: [path, ...]
 
-DEVICES, DIRECTORIES and FILES are JSON lists, COPIES and LINKS JSON objects: target to source.
+DEVICES, DIRECTORIES, FILES and KEPT are JSON lists, COPIES and LINKS JSON objects:
+target to source. KEPT: names of disks that are not meant.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -25,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 BLOCK = Path("/sys/block")
+PROC = Path("/proc")
 INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
 TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to digest
 UNIT = "/nbd-reactor.service"
@@ -79,7 +82,8 @@ def place(prefix: str, copies: str, links: str, mode: str) -> list[str]:
 
 def replace(target: Path, make: Callable[[Path], object]) -> None:
     """Make a file beside the target, and put it in its place in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    os.umask(0o022)
+    target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_name(f".{target.name}.new")
     new.unlink(missing_ok=True)
     make(new)
@@ -94,7 +98,10 @@ def write(path: Path, content: bytes) -> None:
 
 def untaken(files: str) -> list[str]:
     """Return those that a run changed which ended before the service took them."""
-    noted = json.loads(read(TAKEN) or b"{}")
+    try:
+        noted = json.loads(read(TAKEN))
+    except ValueError:  # it is not there, or was torn
+        noted = {}
     return [name for name in json.loads(files) if digest(Path(name)) != noted.get(name)]
 
 
@@ -111,17 +118,26 @@ def digest(path: Path) -> str | None:
     return hashlib.sha256(read(path)).hexdigest() if path.exists() else None
 
 
-def used() -> list[str]:
-    """Return a line for every use of a device that the service has attached."""
-    names = [path.name for path in BLOCK.glob("nbd*")]
+def used(kept: str = "") -> list[str]:
+    """Return a line for every use of a device that the service has attached.
+
+    But for those of the disks that are `kept`, and then those by ioctl, which do not say whose.
+    """
+    spared = {*json.loads(kept), ""} if kept else set()
+    names = [path.name for path in BLOCK.glob("nbd*") if disk(path.name) not in spared]
     ours = [name for name in names if is_attached(name) and is_ours(name)]
-    return [line for name in ours for line in (*mounts(name), *swaps(name), *holders(name))]
+    opened = openers()
+    return [
+        line
+        for name in ours
+        for line in (*mounts(name), *swaps(name), *holders(name), *opened.get(name, ()))
+    ]
 
 
 def releases() -> dict[str, list[str]]:
     """Return the releases from which processes run, with these."""
     found: dict[str, list[str]] = {}
-    for maps in Path("/proc").glob("[0-9]*/maps"):
+    for maps in PROC.glob("[0-9]*/maps"):
         text = read(maps)
         for release in {match.decode() for match in RELEASE.findall(text)}:
             title = read(maps.parent / "cmdline").replace(b"\0", b" ").decode(errors="replace")
@@ -153,8 +169,12 @@ def is_ours(name: str) -> bool:
     tag = owner(name)
     if tag:
         return bool(instance) and tag.startswith(f"nbd-reactor:{instance}:")
-    pid = read(BLOCK / name / "pid").decode().strip()
-    return read(Path("/proc") / pid / "cgroup").decode().strip().endswith(UNIT)
+    return is_of_service(read(BLOCK / name / "pid").decode().strip())
+
+
+def is_of_service(pid: str) -> bool:
+    """Whether a process is one of the service's."""
+    return read(PROC / pid / "cgroup").decode().strip().endswith(UNIT)
 
 
 def owner(name: str) -> str:
@@ -162,15 +182,50 @@ def owner(name: str) -> str:
     return read(BLOCK / name / "backend").decode(errors="replace").strip()
 
 
+def disk(name: str) -> str:
+    """Return the name of the disk in the tag of a device."""
+    return owner(name).rpartition(":")[2]
+
+
 def mounts(name: str) -> list[str]:
-    """Return where the device or a partition of it is mounted."""
-    pairs = [line.split()[:2] for line in read(Path("/proc/mounts")).decode().splitlines()]
-    return [f"{device} is mounted at {at}" for device, at in pairs if is_part(device, name)]
+    """Return where the device or a partition of it is mounted, in whatever mount namespace."""
+    numbers = {read(path).decode().strip() for path in BLOCK.glob(f"{name}/**/dev")}
+    lines = {line for table in PROC.glob("[0-9]*/mountinfo") for line in read(table).splitlines()}
+    found = (line.decode(errors="replace").split()[2:5] for line in lines)
+    points = {point for number, _, point in found if number in numbers}
+    return [f"/dev/{name} is mounted at {point}" for point in sorted(points)]
+
+
+def openers() -> dict[str, list[str]]:
+    """Return who has a device open, by the device's name; but for the service, and udev's look."""
+    found: dict[str, dict[str, None]] = {}
+    for process in PROC.glob("[0-9]*"):
+        title = read(process / "comm").decode(errors="replace").strip()
+        if is_of_service(process.name) or "udev" in title:
+            continue
+        for target in links(process / "fd"):
+            match = re.fullmatch(r"/dev/(nbd\d+)(p\d+)?", target)
+            if match:
+                line = f"/dev/{match[1]} is held open by {process.name} ({title})"
+                found.setdefault(match[1], {})[line] = None
+    return {name: list(lines) for name, lines in found.items()}
+
+
+def links(folder: Path) -> list[str]:
+    """Return where the links in a folder lead, those that vanish left out."""
+    targets = []
+    try:
+        for link in folder.iterdir():
+            with contextlib.suppress(OSError):
+                targets.append(str(link.readlink()))
+    except OSError:
+        pass
+    return targets
 
 
 def swaps(name: str) -> list[str]:
     """Return which swap is on the device."""
-    devices = [line.split()[0] for line in read(Path("/proc/swaps")).decode().splitlines()]
+    devices = [line.split()[0] for line in read(PROC / "swaps").decode().splitlines()]
     return [f"{device} is swap" for device in devices if is_part(device, name)]
 
 
