@@ -74,7 +74,7 @@ class MemoryShortcut:
     def answer(self, buffer: memoryview, begin: int, end: int) -> int:
         """Answer what is plain from `begin`, up to the first request that is not.
 
-        Returns where that begins. A write that is cut off leaves what came of it, as on any disk.
+        Returns where that begins. A write that is cut off leaves what came of it, to the byte.
         """
         memory, export, outgoing = self._memory, self._export, self._outgoing
         data, backed, size = memory.data, memory.backed, export.size

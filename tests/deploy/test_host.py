@@ -23,6 +23,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # else the collection would hold it
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
     for name in ("block", "releases"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(module, name.upper(), tmp_path / name)
@@ -49,6 +50,14 @@ def test_devices_of_others_and_missing_directories_are_problems(
     said = host.preflight(json.dumps(devices), json.dumps(directories))["problems"]
     about = [line for line in said if "no module nbd" not in line]  # of this very kernel
     assert [line.split()[0] for line in about] == ["/dev/nbd1", str(tmp_path / "nothing")]
+
+
+def test_a_python_that_the_service_does_not_see_is_a_problem(
+    host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any("ProtectHome" in line for line in host.preflight("[]", "[]")["problems"])
+    monkeypatch.setattr(sys, "base_prefix", "/run/user/1000/python")
+    assert any("ProtectHome" in line for line in host.preflight("[]", "[]")["problems"])
 
 
 def test_a_device_is_used_by_mounts_swap_and_processes_of_whatever_namespace(

@@ -31,6 +31,7 @@ PROC = Path("/proc")
 INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
 TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to digest
 UNIT = "/nbd-reactor.service"
+HIDDEN = ("/home/", "/root/", "/run/user/")
 RELEASES = Path("/opt/nbd-reactor/releases")
 RELEASE = re.compile(rb" /opt/nbd-reactor/releases/([^/\n]+)/")
 
@@ -43,6 +44,12 @@ def preflight(devices: str, directories: str) -> dict[str, object]:
         problems.append(
             f"{sys.executable} is Python {version}: 3.11 or later with its module venv is needed"
             " (Debian: apt-get install python3-venv); name another in nbd_reactor_python"
+        )
+    base = os.path.realpath(sys.base_prefix)
+    if base.startswith(HIDDEN):
+        problems.append(
+            f"{sys.executable} is in {base}, which the service does not see (ProtectHome=): name"
+            " another in nbd_reactor_python"
         )
     driver = ["/sbin/modprobe", "--dry-run", "nbd"]
     if subprocess.run(driver, capture_output=True, check=False).returncode != 0:
