@@ -191,6 +191,16 @@ def test_reading_a_hole_takes_no_memory(disk: MallocDisk) -> None:
         assert not any(disk.memory.backed)
 
 
+@pytest.mark.parametrize("backed", [0, CHUNK])
+def test_reading_across_the_border_of_a_hole_takes_no_memory(disk: MallocDisk, backed: int) -> None:
+    disk.memory.back(backed, backed + CHUNK)
+    before = os.fstat(disk.memory.fd).st_blocks
+    with serve(disk) as pump:
+        pump.send(request(READ, CHUNK - 4096, 8192, cookie=3))
+        assert answers(pump, 1, {3: 8192}) == {3: (0, bytes(8192))}
+    assert os.fstat(disk.memory.fd).st_blocks == before
+
+
 def test_a_flood_of_reads_is_answered_in_bounded_batches(disk: MallocDisk) -> None:
     disk.memory.back(0, SIZE)
     flood = b"".join(request(READ, 0, 65536, cookie=i) for i in range(3000))

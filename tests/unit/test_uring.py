@@ -277,6 +277,21 @@ def test_a_start_that_the_kernel_has_no_memory_for_is_tried_again(
     assert [result for _, result in ring.results] == [4096] * (SUBMIT_AT + 1)
 
 
+def test_what_the_kernel_takes_only_a_part_of_starts_later(
+    ring: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter = uring._enter
+
+    def one(number: int, fd: int, queued: int, *others: Any) -> int:
+        return int(enter(number, fd, min(queued, 1), *others))
+
+    monkeypatch.setattr(uring, "_enter", one)
+    for offset in range(8):
+        ring.read(ring.buffer(4096), offset * 4096, offset)
+    ring.wait()
+    assert sorted(ring.results) == [(offset, 4096) for offset in range(8)]
+
+
 def test_starts_more_from_inside_a_completion(bench: Bench) -> None:
     left = 1000
     buffer = bench.buffer(4096)
