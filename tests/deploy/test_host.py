@@ -28,6 +28,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         (tmp_path / name).mkdir()
         monkeypatch.setattr(module, name.upper(), tmp_path / name)
     monkeypatch.setattr(module, "INSTANCE", tmp_path / "instance")
+    monkeypatch.setattr(module, "CONFIG", tmp_path / "disks.yaml")
     monkeypatch.setattr(module, "TAKEN", tmp_path / "taken.json")
     (tmp_path / "instance").write_text("0123abcd\n")
     return module
@@ -89,6 +90,9 @@ def test_a_device_is_used_by_mounts_swap_and_processes_of_whatever_namespace(
         "/dev/nbd0p1 is swap",
         "/dev/nbd0 is held open by 10 (qemu)",
     ]
+    assert host.used('["data"]') == []
+    assert host.used('["other"]') == []  # made at run time: it stays
+    host.CONFIG.write_text("disks:\n  data:\n    backend: malloc\n")
     assert host.used('["data"]') == []
     assert len(host.used('["other"]')) == 3
 

@@ -9,7 +9,7 @@ host.py releases                        what runs: {release: [process, ...]}
 host.py old CURRENT KEPT                releases that can go: [path, ...]
 
 DEVICES, DIRECTORIES, FILES and KEPT are JSON lists, COPIES and LINKS JSON objects:
-target to source. KEPT: names of disks that are not meant.
+target to source. KEPT: names of disks that stay.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 BLOCK = Path("/sys/block")
+CONFIG = Path("/etc/nbd-reactor/disks.yaml")
 PROC = Path("/proc")
 INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
 TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to digest
@@ -128,11 +129,14 @@ def digest(path: Path) -> str | None:
 def used(kept: str = "") -> list[str]:
     """Return a line for every use of a device that the service has attached.
 
-    But for those of the disks that are `kept`, and then those by ioctl, which do not say whose.
+    Of those `kept`, and of what the config does not name, such as disks made at run time, it is not
+    asked; nor, then, of devices by ioctl, which do not say whose they are.
     """
-    spared = {*json.loads(kept), ""} if kept else set()
-    names = [path.name for path in BLOCK.glob("nbd*") if disk(path.name) not in spared]
+    names = [path.name for path in BLOCK.glob("nbd*")]
     ours = [name for name in names if is_attached(name) and is_ours(name)]
+    if kept:
+        gone = configured() - {*json.loads(kept)}
+        ours = [name for name in ours if owner(name).rpartition(":")[2] in gone]
     opened = openers()
     return [
         line
@@ -189,9 +193,10 @@ def owner(name: str) -> str:
     return read(BLOCK / name / "backend").decode(errors="replace").strip()
 
 
-def disk(name: str) -> str:
-    """Return the name of the disk in the tag of a device."""
-    return owner(name).rpartition(":")[2]
+def configured() -> set[str]:
+    """Return what may be the names of disks in the config, as the role writes it."""
+    keys = re.findall(r"^\s+[\"']?([A-Za-z0-9._-]+)[\"']?:", read(CONFIG).decode(), re.MULTILINE)
+    return set(keys)
 
 
 def mounts(name: str) -> list[str]:
