@@ -183,6 +183,22 @@ def test_a_large_request_is_not_overtaken_for_ever(tmp_path: Path, opened: Open)
     small.wait()
 
 
+def test_a_durable_write_past_the_page_cache_asks_the_kernel_for_it(
+    monkeypatch: pytest.MonkeyPatch, image: Path, opened: Open, engine: type[Ring] | type[Threads]
+) -> None:
+    disk = opened(image, engine=engine, direct=True)
+    write, asked = engine.write, []
+
+    def noting(self: Any, *arguments: Any) -> None:
+        asked.append(arguments[4])
+        write(self, *arguments)
+
+    monkeypatch.setattr(engine, "write", noting)
+    for flags in (0, NBD_CMD_FLAG_FUA):
+        assert disk.requester.do(NBD_CMD_WRITE, 0, 4096, bytes(4096), flags=flags) == (0, b"")
+    assert asked == [0, os.RWF_DSYNC]
+
+
 def test_flushes_of_one_turn_share_one_fdatasync(disk: Opened) -> None:
     disk.requester.write(0, b"x" * 4096)
     for _ in range(50):

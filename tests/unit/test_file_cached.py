@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,21 @@ def test_a_durable_write_keeps_the_error_of_earlier_ones_that_it_meets(
         assert written == (errno.ENOSPC, b"")
     for _ in range(2):
         assert disk.requester.do(NBD_CMD_FLUSH, 0, 0) == (errno.ENOSPC, b"")
+
+
+def test_flushes_that_wait_for_a_running_one_fail_with_it(
+    monkeypatch: pytest.MonkeyPatch, disk: Opened
+) -> None:
+    """The kernel tells the lost write once: a success of the next one would be a lie."""
+    engine, reactor, results = disk.channel._engine, disk.channel._reactor, [0, -errno.EIO]
+    monkeypatch.setattr(
+        type(engine),
+        "datasync",
+        lambda _, tag: reactor.call_later(0, partial(tag[0], results.pop(), tag)),
+    )
+    early = disk.requester.submit(NBD_CMD_FLUSH)
+    engine.rounds += 1  # as when it starts
+    late = disk.requester.submit(NBD_CMD_FLUSH)
+    disk.requester.wait()
+    assert disk.requester.answers == {early: (errno.EIO, b""), late: (errno.EIO, b"")}
+    assert results == [0]
