@@ -142,6 +142,13 @@ def _address(written: str) -> Address:
         raise ValueError(f"{quoted(written)}: {error}") from None
 
 
+def _core(value: Value) -> int:
+    number = integer(value)
+    if number < 0:
+        raise ValueError(f"{number} is not a core; they are numbered from 0")
+    return number
+
+
 def _block_size(value: Value) -> int:
     number = parse_size(text(value, kind="a block size"))
     if not BLOCK_SIZE_MIN <= number <= BLOCK_SIZE_MAX or number & (number - 1):
@@ -213,7 +220,7 @@ COMMON: Final[Mapping[str, CommonKey]] = {
         "none",
     ),
     "core": CommonKey(
-        Kind(integer, {"type": "integer", "minimum": 0}),
+        Kind(_core, {"type": "integer", "minimum": 0}),
         "the core whose worker owns the disk",
         "the least loaded",
     ),

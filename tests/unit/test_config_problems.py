@@ -179,7 +179,7 @@ BIGGEST = "9223372036854775807"
         ),
         ("core", "one", 'expected a whole number, found "one"'),
         ("core", "3", "core 3 is not one of the service's, 0-2"),
-        ("core", "-1", "core -1 is not one of the service's, 0-2"),
+        ("core", "-1", "-1 is not a core; they are numbered from 0"),
         ("core", "1.0", 'expected a whole number, found "1.0"'),
         ("readonly", "maybe", 'expected true or false, found "maybe"'),
         ("readonly", "1", 'expected true or false, found "1"'),
