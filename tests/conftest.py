@@ -128,5 +128,9 @@ def service(tmp_path: Path) -> Iterator[Callable[..., RunningService]]:
         return running
 
     yield start
-    for running in reversed(started):
-        running.stop()
+    try:
+        for running in reversed(started):
+            running.stop()
+    finally:
+        for running in started:  # pytest shows it when the test has failed
+            print(running.log_path, running.log, sep="\n")  # noqa: T201
