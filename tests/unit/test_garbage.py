@@ -25,12 +25,17 @@ def searches(monkeypatch: pytest.MonkeyPatch, clock: Clock, make: Callable[..., 
     reactor = make()
     for name in ("freeze", "disable"):
         monkeypatch.setattr(gc, name, lambda: None)
-    monkeypatch.setattr(gc, "collect", lambda generation=2: found.append(generation))
 
-    def search(*, busy: bool, count: int) -> list[int]:
+    def search(*, busy: bool, periods: int, young: int = 0, took: float = 0) -> list[int]:
+        def collect(generation: int = 2) -> None:
+            found.append(generation)
+            clock.now += int(took * 1e9)
+
+        monkeypatch.setattr(gc, "collect", collect)
+        monkeypatch.setattr(gc, "get_count", lambda: (young, 0, 0))
         garbage.collect_by_timer(reactor)
         found.clear()
-        while len(found) < count:
+        for _ in range(periods):
             clock.now += int(garbage.COLLECT_SECONDS * 1e9)
             reactor.busy_ns += garbage.IDLE_NS * busy
             reactor.turn()
@@ -40,9 +45,18 @@ def searches(monkeypatch: pytest.MonkeyPatch, clock: Clock, make: Callable[..., 
 
 
 def test_a_worker_that_works_searches_what_is_young(searches: Search) -> None:
-    found = searches(busy=True, count=2 * (garbage.LATEST + 1))
+    found = searches(busy=True, periods=2 * (garbage.LATEST + 1))
     assert found == ([garbage.YOUNG] * garbage.LATEST + [2]) * 2
 
 
 def test_a_worker_that_does_nothing_searches_everything(searches: Search) -> None:
-    assert searches(busy=False, count=5) == [2] * 5
+    assert searches(busy=False, periods=5) == [2] * 5
+
+
+def test_replies_that_wait_for_their_readers_are_not_searched(searches: Search) -> None:
+    found = searches(busy=True, periods=garbage.LATEST + 1, young=garbage.YOUNG_MAX + 1)
+    assert found == [2]
+
+
+def test_searches_that_take_long_are_rare(searches: Search) -> None:
+    assert searches(busy=False, periods=100, took=0.045) == [2] * 12  # in 500 s
