@@ -126,6 +126,9 @@ class Channel(ABC):
     def kick(self) -> None:
         """Start what this turn's `submit` calls queued. Registered with `Reactor.mark_kick`."""
 
+    def rest(self) -> None:
+        """Give memory back that only traffic needs: there is none for now."""
+
     def close(self) -> None:
         """Release what the channel holds. Nothing is in flight any more."""
 

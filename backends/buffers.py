@@ -93,16 +93,17 @@ class BufferPool:
         self.total_bytes += size
         return buffer
 
-    def _make_room(self, size: int) -> bool:
-        """Drop what is free, then ask for what peers that do not read hold, one by one."""
-        self._drop_free()
-        while self.total_bytes + size > POOL_BYTES_MAX and self.blocked:
-            self.blocked.pop().give_back()
-            self._drop_free()
-        return self.total_bytes + size <= POOL_BYTES_MAX
-
-    def _drop_free(self) -> None:
+    def drop_free(self) -> None:
+        """Give back to the system what is not in use."""
         for free in self._free:
             free.clear()
         self.total_bytes -= self.free_bytes
         self.free_bytes = 0
+
+    def _make_room(self, size: int) -> bool:
+        """Drop what is free, then ask for what peers that do not read hold, one by one."""
+        self.drop_free()
+        while self.total_bytes + size > POOL_BYTES_MAX and self.blocked:
+            self.blocked.pop().give_back()
+            self.drop_free()
+        return self.total_bytes + size <= POOL_BYTES_MAX

@@ -24,6 +24,7 @@ from backends.engine import Engine, OnRoom, Tag
 from backends.linux import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, discard
 from backends.slowness import Slowness
 from backends.threads import Threads
+from backends.turns import SHARING, TURN_BYTES
 from backends.uring import Ring
 from reactor.errors import reason
 from reactor.log import logger
@@ -101,6 +102,7 @@ class FileChannel(Channel):
         disk.channels.append(self)
         self._resuming = False
         self._ready: list[tuple[Request, Owner, AlignedBuffer]] = []  # reads done in this turn
+        self._room = TURN_BYTES  # that may still be read in this turn in large reads
         self._byte = bytearray(1)  # which nobody looks at
         self._stalled_until = 0
         self._instead: Mapping[int, tuple[int, ...]] = (
@@ -142,6 +144,7 @@ class FileChannel(Channel):
         ready, self._ready = self._ready, []
         for request, owner, buffer in ready:
             owner.complete(request, 0, buffer.view[: request[LENGTH]], buffer)
+        self._room = TURN_BYTES // max(1, len(SHARING))
         while self._waiting:
             owner = self._waiting.popleft()
             self._resuming = True
@@ -150,14 +153,21 @@ class FileChannel(Channel):
             if owner in self._waiting:
                 self._waiting.remove(owner)
                 self._waiting.appendleft(owner)
+                if self._room <= 0:
+                    self._reactor.mark_kick(self)
                 return
+        SHARING.discard(self)
 
     def look(self) -> None:
         """See whether the storage is slow; called every second."""
         if self._slowness.look():
             self._stalled_until = max(self._stalled_until, self._clock() + LOOK_NS)
 
+    def rest(self) -> None:
+        self._pool.drop_free()
+
     def close(self) -> None:
+        SHARING.discard(self)
         self._file.channels.remove(self)
         self._engine.close()
         self._discards.close()
@@ -209,7 +219,12 @@ class FileChannel(Channel):
         What is there at once is answered by `kick`, within this turn: its buffer is only lent.
         """
         length = request[LENGTH]
+        if self._room <= 0:
+            SHARING.add(self)
+            raise self.refuse(owner)
         buffer = self._buffer(length, owner)
+        self._room -= length
+        self._reactor.mark_kick(self)
         try:
             done = os.preadv(self._fd, (buffer.view[:length],), request[OFFSET], flags)
         except BlockingIOError:
@@ -220,7 +235,6 @@ class FileChannel(Channel):
             raise
         if done == length:
             self._ready.append((request, owner, buffer))
-            self._reactor.mark_kick(self)
         else:
             self._continue_read(request, owner, buffer, done - done % self.disk.block_size)
 

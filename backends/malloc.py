@@ -10,6 +10,7 @@ from typing import Final
 from backends import sharedmemory
 from backends.api import COMMAND, DONE, FLAGS, Backend, Buffer, Channel, Disk, Owner, Request
 from backends.sharedmemory import CHUNK, SIZE_MAX, SharedMemory, shared_memory
+from backends.turns import SHARING, TURN_BYTES
 from reactor.errors import error_number
 from reactor.loop import Reactor
 from reactor.protocol.wire import (
@@ -22,23 +23,19 @@ from reactor.protocol.wire import (
 from reactor.spec import Key
 
 BLOCK_SIZE: Final = 512
-STEP: Final = 4 << 20  # bytes zeroed or trimmed in one turn, about: a millisecond
 NEW: Final = 3  # as long as so many bytes take, a byte of memory takes that is new
 SHORT: Final = 64 << 10  # bytes that are zeroed or trimmed at once, as long as the turn has room
 
 
-_MAKERS: Final[set[Channel]] = set()  # of this worker, that share a turn: owners wait for memory
-
-
 class MallocChannel(Channel):
-    """Answers at once, but for what makes or clears much memory: that goes on turn by turn."""
+    """Answers at once, but for what makes, clears or copies much: that goes on turn by turn."""
 
     def __init__(self, disk: MallocDisk, reactor: Reactor) -> None:
         super().__init__(disk)
         self.kick_due = False
         self.memory = self._memory = disk.memory
         self._reactor = reactor
-        self._room = STEP  # bytes that may still be cleared, or made, in this turn
+        self._room = TURN_BYTES  # that may still be cleared, made or copied in this turn
         self._long: deque[tuple[Request, Owner, int]] = deque()  # ... and where to go on
 
     def submit(self, request: Request, owner: Owner) -> Buffer | None:
@@ -48,9 +45,13 @@ class MallocChannel(Channel):
         if command <= NBD_CMD_WRITE:
             backed = memory.is_backed(offset, end)
             if command == NBD_CMD_READ:
-                return memory.data[offset:end] if backed else memory.read(offset, length)
+                if backed:
+                    return memory.data[offset:end]
+                self._take_room(owner, length)
+                return memory.read(offset, length)
             if not backed:
-                self._make(offset, end, owner)
+                self._take_room(owner, NEW * max(length, CHUNK))
+                memory.back(offset, end)
             assert payload is not None
             memory.data[offset:end] = payload
         elif command in {NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES}:
@@ -58,39 +59,38 @@ class MallocChannel(Channel):
             if length > min(SHORT, self._room):
                 self._long.append((request, owner, offset))
                 return None
-            self._room -= length
+            self._room -= length * _weight(request)
             self._clear(request, offset, end)
         return DONE
 
     def kick(self) -> None:
         """Do one step of what is queued: of one long request, or of several shorter ones.
 
-        Then those who wait to write to new memory, by turns.
+        Then those who wait to write to new memory, or to read where there may be none, by turns.
         """
-        self._room = STEP
-        room = STEP
+        self._room = TURN_BYTES
+        room = TURN_BYTES
         while self._long and room > 0:
             room -= self._do_step(room)
         if self._waiting:
-            self._room = STEP // len(_MAKERS)
+            self._room = TURN_BYTES // len(SHARING)
         while self._waiting and self._room > 0:
             self._waiting.popleft().resume()
         if not self._waiting:
-            _MAKERS.discard(self)
+            SHARING.discard(self)
         if self._long or self._waiting:
             self._reactor.mark_kick(self)
 
-    def _make(self, begin: int, end: int, owner: Owner) -> None:
-        """Give memory to what is to be written; raises `Busy` when that was enough for a turn."""
+    def _take_room(self, owner: Owner, count: int) -> None:
+        """Use so many bytes of the turn's room; raises `Busy` when there is none."""
         self._reactor.mark_kick(self)
         if self._room <= 0:
-            _MAKERS.add(self)
+            SHARING.add(self)
             raise self.refuse(owner)
-        self._memory.back(begin, end)
-        self._room -= NEW * max(end - begin, CHUNK)
+        self._room -= count
 
     def close(self) -> None:
-        _MAKERS.discard(self)
+        SHARING.discard(self)
 
     def abandon(self, owner: Owner) -> None:
         long, self._long = self._long, deque()
@@ -101,10 +101,14 @@ class MallocChannel(Channel):
                 self._long.append((request, other, begin))
 
     def _do_step(self, most: int) -> int:
-        """Do at most so many bytes of the first request and queue it last; returns how many."""
+        """Do a part of the first request, for `most` bytes' time, and queue it last.
+
+        Returns for how many bytes' time.
+        """
         request, owner, begin = self._long.popleft()
         _command, _flags, _cookie, offset, length, _payload = request
-        end = min(begin + most, offset + length)
+        weight = _weight(request)
+        end = min(begin + max(most // weight, BLOCK_SIZE), offset + length)
         try:
             self._clear(request, begin, end)
         except Exception as error:  # noqa: BLE001 - no request may be left without an end
@@ -114,7 +118,7 @@ class MallocChannel(Channel):
                 owner.complete(request, 0, DONE)
             else:
                 self._long.append((request, owner, end))
-        return end - begin
+        return (end - begin) * weight
 
     def _clear(self, request: Request, begin: int, end: int) -> None:
         end = min(end, len(self._memory.data))  # the disk may have shrunk between the steps
@@ -206,6 +210,11 @@ class MallocBackend(Backend):
     @classmethod
     def leftovers(cls, instance: str) -> list[str]:
         return sharedmemory.names(instance)
+
+
+def _weight(request: Request) -> int:
+    """Return as how many bytes each is counted of a request that trims or zeroes."""
+    return NEW if request[FLAGS] & NBD_CMD_FLAG_NO_HOLE else 1
 
 
 def _identity(name: str, instance: str) -> bytes:

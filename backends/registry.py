@@ -28,6 +28,7 @@ _NOT_BACKENDS = {
     "sharedmemory",
     "slowness",
     "threads",
+    "turns",
     "uring",
 }
 

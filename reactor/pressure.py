@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -78,6 +79,12 @@ def lock_memory() -> None:
             f"no realtime priority: {error.strerror}; --lock-memory needs CAP_SYS_NICE"
             " or RLIMIT_RTPRIO of 1",
         ) from error
+
+
+def give_back_heap() -> None:
+    """Give the system what malloc keeps of memory that was freed: glibc does so only at the top."""
+    with contextlib.suppress(AttributeError):  # another libc
+        _libc().malloc_trim(0)
 
 
 def _libc() -> ctypes.CDLL:

@@ -249,6 +249,7 @@ class ServedDisk:
             self._resting = True
             for connection in self._generations:
                 connection.rest()
+            self._channel.rest()
         return None
 
     def _on_event(self, event: Event, reason: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from backends import registry
+from reactor import pressure
 from reactor.bus import RECEIVE_BYTES, WorkerBus, descriptor_socket
 from reactor.data.awaiting import await_storage
 from reactor.data.clientmemory import ClientMemory
@@ -64,6 +65,7 @@ class Worker:
         self._failures: dict[str, tuple[int, Exception]] = {}  # by disk: of the last `start`
         self._reception = Reception(reactor, runtime_dir, self._on_unheard)
         self._welcomed = False
+        self._resting = True  # nothing has happened since the last heartbeat
         self._inquiry = 0  # that is not answered yet
         self._controller = controller
         self._descriptors = _bind_descriptor_socket(descriptor_socket(runtime_dir, core))
@@ -327,6 +329,9 @@ class Worker:
         if not changed:
             again.cancel()
             self._beat_in(IDLE_HEARTBEAT_SECONDS)
+            if not self._resting:  # what was in flight, and waited for its readers, is freed now
+                pressure.give_back_heap()
+        self._resting = not changed
         reactor = self._reactor
         self._bus.send(
             "statistics",

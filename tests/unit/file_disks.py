@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from backends.api import Event
 from backends.engine import Engine
 from backends.file import FileBackend, FileDisk
 from backends.filechannel import FileChannel, open_engine
+from reactor.data.connection import Connection
 from reactor.errors import reason
 from reactor.loop import Reactor
+from reactor.protocol.wire import NBD_CMD_READ
 from tests.submitting import Requester, turn_until
+from tests.unit.requests import export, request
 
 MIB = 1 << 20
 
@@ -66,6 +70,44 @@ class Opened:
         ((event, text),) = self.events
         assert event is Event.REMOVE
         return text
+
+
+class Client:
+    """A client of a channel that others use too."""
+
+    def __init__(self, disk: Opened) -> None:
+        self._reactor = disk.reactor
+        self._socket, served = socket.socketpair()
+        self._socket.setblocking(False)
+        self._received = bytearray()
+        self.closed: list[str] = []
+        self.connection = Connection(
+            *(disk.reactor, served, export(size=disk.disk.size), disk.channel),
+            lambda _, why: self.closed.append(why),
+        )
+
+    def ask(self, *reads: tuple[int, int]) -> None:
+        for cookie, (offset, length) in enumerate(reads):
+            self._socket.sendall(request(NBD_CMD_READ, offset, length, cookie=cookie))
+
+    def answers(self, count: int) -> bytes:
+        """Return the next `count` bytes, which must come."""
+        turn_until(self._reactor, lambda: self.take() >= count)
+        received, self._received = bytes(self._received[:count]), self._received[count:]
+        return received
+
+    def end(self) -> None:
+        self._socket.close()
+        turn_until(self._reactor, lambda: self.closed)
+
+    def take(self) -> int:
+        """Take what came; returns how much has come and was not returned."""
+        try:
+            while data := self._socket.recv(MIB):
+                self._received += data
+        except BlockingIOError:
+            pass
+        return len(self._received)
 
 
 Open = Callable[..., Opened]

@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backends.filechannel import POOLED_MIN
+from backends.turns import SHARING, TURN_BYTES
 from reactor.protocol.wire import NBD_CMD_FLAG_FUA, NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_WRITE
-from tests.unit.file_disks import MIB, Open, Opened, opening
+from tests.unit.file_disks import MIB, Client, Open, Opened, opening
 
 
 @pytest.fixture
@@ -33,6 +35,42 @@ def test_large_reads_share_a_buffer_and_need_no_engine(disk: Opened) -> None:
         assert disk.requester.read(offset, POOLED_MIN) == data[offset : offset + POOLED_MIN]
     assert disk.channel._pool.total_bytes == disk.channel._pool.free_bytes == POOLED_MIN
     assert disk.channel._engine.number == 0
+
+
+def test_what_large_reads_copy_in_a_turn_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, disk: Opened
+) -> None:
+    copied, preadv = 0, os.preadv
+
+    def count(*arguments: Any) -> int:
+        nonlocal copied
+        length = preadv(*arguments)
+        copied += length
+        return length
+
+    monkeypatch.setattr(os, "preadv", count)
+    data = disk.path.read_bytes()
+    clients = [Client(disk) for _ in range(8)]
+    for client in clients:
+        client.ask(*[(0, MIB)] * 8)
+    while copied < 64 * MIB:
+        before = copied
+        disk.reactor.turn()
+        # What was left of the last turn, all of this one, and with each a request that began.
+        assert copied - before <= 2 * TURN_BYTES + 2 * MIB
+        for client in clients:
+            client.take()
+    for client in clients:
+        assert client.answers(8 * (16 + MIB))[16 : 16 + MIB] == data
+        client.end()
+    assert not SHARING
+
+
+def test_a_disk_at_rest_keeps_no_buffers(disk: Opened) -> None:
+    disk.requester.read(0, MIB)
+    disk.channel.rest()
+    assert disk.channel._pool.total_bytes == disk.channel._pool.free_bytes == 0
+    assert disk.requester.read(0, MIB) == disk.path.read_bytes()
 
 
 def test_small_reads_need_no_buffer(disk: Opened) -> None:

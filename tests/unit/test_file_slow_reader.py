@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +11,9 @@ import pytest
 from backends.buffers import POOL_BYTES_MAX
 from backends.threads import Threads
 from backends.uring import Ring
-from reactor.data.connection import Connection
-from reactor.protocol.wire import NBD_CMD_READ
 from tests.submitting import turn_until
-from tests.unit.file_disks import MIB, Open, Opened, opening
-from tests.unit.requests import export, reply, request
+from tests.unit.file_disks import MIB, Client, Open, Opened, opening
+from tests.unit.requests import reply
 
 
 @pytest.fixture
@@ -37,43 +34,6 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path, opened: Open) -> Opened
             file.write(os.urandom(512))
     engine, direct = request.param
     return opened(path, engine=engine, direct=direct)
-
-
-class Client:
-    """A client of a channel that others use too."""
-
-    def __init__(self, disk: Opened) -> None:
-        self._reactor = disk.reactor
-        self._socket, served = socket.socketpair()
-        self._socket.setblocking(False)
-        self._received = bytearray()
-        self.closed: list[str] = []
-        self.connection = Connection(
-            *(disk.reactor, served, export(size=disk.disk.size), disk.channel),
-            lambda _, why: self.closed.append(why),
-        )
-
-    def ask(self, *reads: tuple[int, int]) -> None:
-        for cookie, (offset, length) in enumerate(reads):
-            self._socket.sendall(request(NBD_CMD_READ, offset, length, cookie=cookie))
-
-    def answers(self, count: int) -> bytes:
-        """Return the next `count` bytes, which must come."""
-        turn_until(self._reactor, lambda: self._drain() >= count)
-        received, self._received = bytes(self._received[:count]), self._received[count:]
-        return received
-
-    def end(self) -> None:
-        self._socket.close()
-        turn_until(self._reactor, lambda: self.closed)
-
-    def _drain(self) -> int:
-        try:
-            while data := self._socket.recv(MIB):
-                self._received += data
-        except BlockingIOError:
-            pass
-        return len(self._received)
 
 
 def answer(disk: Opened, cookie: int, offset: int, length: int) -> bytes:
@@ -97,6 +57,7 @@ def expect_all_buffers_back(disk: Opened) -> None:
     assert pool.total_bytes == pool.free_bytes
 
 
+@pytest.mark.parametrize("disk", DIRECT, indirect=True)
 def test_a_client_that_does_not_read_keeps_no_other_waiting(disk: Opened) -> None:
     slow, neighbour = Client(disk), Client(disk)
     slow.ask(*ALL_OF_IT)

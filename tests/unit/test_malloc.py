@@ -14,8 +14,9 @@ import pytest
 
 from backends import registry
 from backends.api import Disk
-from backends.malloc import BACKEND, SIZE_MAX, STEP, MallocDisk
+from backends.malloc import BACKEND, SIZE_MAX, MallocDisk
 from backends.sharedmemory import CHUNK, DIRECTORY, PAGE, shared_memory
+from backends.turns import TURN_BYTES
 from reactor.errors import reason
 from reactor.loop import Reactor
 from reactor.protocol.export import Export
@@ -208,7 +209,7 @@ def test_zeroes_give_memory_back_unless_they_must_not(disk: Open) -> None:
 
 @pytest.mark.parametrize(("command", "flags"), [(TRIM, 0), (ZEROES, 0), (ZEROES, NO_HOLE)])
 def test_a_long_clearing_leaves_turns_to_others(disk: Open, command: int, flags: int) -> None:
-    size = 4 * STEP
+    size = 4 * TURN_BYTES
     with serving(disk(size)) as pump:
         access = Access(pump)
         access.write(0, b"x" * 4096)
@@ -225,10 +226,10 @@ def test_a_long_clearing_leaves_turns_to_others(disk: Open, command: int, flags:
         assert not any(cleared) or command == TRIM, "only a trim may be rounded to pages"
 
 
-@pytest.mark.parametrize("length", [64 << 10, 1 << 20, 2 * STEP])
+@pytest.mark.parametrize("length", [64 << 10, 1 << 20, 2 * TURN_BYTES])
 def test_a_flood_of_zeroes_comes_in_bounded_turns(disk: Open, length: int) -> None:
-    count = 40 * STEP // length
-    with serving(disk(4 * STEP)) as pump:
+    count = 40 * TURN_BYTES // length
+    with serving(disk(4 * TURN_BYTES)) as pump:
         flood = b"".join(request(ZEROES, 0, length, cookie=i, flags=NO_HOLE) for i in range(count))
         pump.send(flood)
         done = 0
@@ -236,22 +237,22 @@ def test_a_flood_of_zeroes_comes_in_bounded_turns(disk: Open, length: int) -> No
             pump.turns(1)
             before, done = done, done + len(pump.drain_client()) // 16
             # What a turn does at once, and in its step.
-            assert (done - before) * length <= 3 * STEP
+            assert (done - before) * length <= 3 * TURN_BYTES
         pump.receive((count - done) * 16)
         assert pump.connection.counters.zeroes == count
 
 
 def test_what_a_client_that_left_has_queued_is_not_done(disk: Open) -> None:
-    opened = disk(8 * STEP)
+    opened = disk(8 * TURN_BYTES)
     with serving(opened) as pump:
         access = Access(pump)
-        access.write(7 * STEP, b"x" * 4096)
-        pump.send(request(ZEROES, 0, 8 * STEP, cookie=1, flags=NO_HOLE) * 100)
+        access.write(7 * TURN_BYTES, b"x" * 4096)
+        pump.send(request(ZEROES, 0, 8 * TURN_BYTES, cookie=1, flags=NO_HOLE) * 100)
         pump.turns(2)
         pump.connection.close("the test says so")
         pump.turns(2)
         assert pump.closed
-        assert opened.memory.data[7 * STEP : 7 * STEP + 4096] == b"x" * 4096
+        assert opened.memory.data[7 * TURN_BYTES : 7 * TURN_BYTES + 4096] == b"x" * 4096
 
 
 def test_the_data_survive_the_worker(disk: Open) -> None:

@@ -10,11 +10,13 @@ from contextlib import suppress
 import pytest
 
 from backends.api import DONE, Busy, Channel
-from backends.malloc import BACKEND, NEW, STEP, MallocDisk
+from backends.malloc import BACKEND, NEW, MallocDisk
 from backends.sharedmemory import CHUNK, shared_memory
+from backends.turns import TURN_BYTES
 from reactor.loop import Reactor
-from reactor.protocol.wire import NBD_CMD_WRITE
+from reactor.protocol.wire import NBD_CMD_READ, NBD_CMD_WRITE
 
+MIB = 1 << 20
 INSTANCE = f"test-{os.getpid()}"
 
 Make = Callable[[int], MallocDisk]
@@ -74,8 +76,26 @@ class Writer:
         raise AssertionError("a write is never pending")
 
 
+class Reader:
+    """Reads so many times 1 MiB, whenever the channel has room."""
+
+    def __init__(self, channel: Channel, count: int) -> None:
+        self.left = count
+        self._channel = channel
+
+    def resume(self) -> None:
+        with suppress(Busy):
+            while self.left:
+                data = self._channel.submit((NBD_CMD_READ, 0, 0, 0, MIB, None), self)
+                assert data == bytes(MIB)
+                self.left -= 1
+
+    def complete(self, *_: object, **__: object) -> None:
+        raise AssertionError("a read is never pending")
+
+
 def test_writes_to_new_memory_leave_turns_to_others(disks: Make, reactor: Reactor) -> None:
-    per_step = STEP // (NEW * CHUNK) + 1
+    per_step = TURN_BYTES // (NEW * CHUNK) + 1
     memory_disk = disks(1000)
     channel = memory_disk.channel(reactor)
     greedy, patient = Writer(channel, range(900)), Writer(channel, range(900, 1000))
@@ -103,6 +123,19 @@ def test_the_disks_of_a_worker_share_a_turn(disks: Make, reactor: Reactor) -> No
         before = sum(writer.done for writer in writers)
         reactor.turn()
         made = sum(writer.done for writer in writers) - before
-        assert 0 < made <= STEP // (NEW * CHUNK) + len(writers)
+        assert 0 < made <= TURN_BYTES // (NEW * CHUNK) + len(writers)
     for channel in channels:
         channel.close()
+
+
+def test_reads_of_what_was_never_written_leave_turns_to_others(
+    disks: Make, reactor: Reactor
+) -> None:
+    channel = disks(1000).channel(reactor)
+    reader = Reader(channel, 64)
+    reader.resume()
+    while reader.left:
+        before = reader.left
+        assert reactor.turn()
+        assert 0 < before - reader.left <= TURN_BYTES // MIB
+    channel.close()
