@@ -98,13 +98,13 @@ class Controller:
         self._successors = {name: now[name] for name in saved.successors if name in now}
         known = {wish.spec.name for wish in saved.wishes}
         leaving = tuple(self._workforce.leaving)
-        if leaving and not saved.complete:
+        if not saved.complete and (survivors := self._workforce.survivors):
             log.warning(
-                "what ran before is not fully known: every disk waits for the end of the worker of"
-                " core %s, which may have it",
-                ", ".join(map(str, leaving)),
+                "what ran before is not fully known: every disk waits until the worker of core %s,"
+                " which may have it, has ended or has said what it has",
+                ", ".join(map(str, survivors)),
             )
-            self._suspects = leaving
+            self._suspects = survivors
         for wish in wishes:
             name = wish.spec.name
             if name in known:

@@ -182,12 +182,12 @@ class WorkerProcess:
         self._short = False
         if not came and not message["id"]:
             return  # it has not heard that it is welcome
-        self.unknown = False
         self._events = 0
         self.state = "running"
         if came:
             log.info("worker core %d runs (pid %s)", self.core, self.pid)
         self._on_hello(self, message)
+        self.unknown = self._killed  # what it should not have it has until its end
         self._on_change(self)
 
     def _inquire(self) -> bool:

@@ -39,6 +39,11 @@ class Workforce:
         self.everyone = {**self.by_core, **self.leaving}
 
     @property
+    def survivors(self) -> tuple[int, ...]:
+        """The cores whose workers were alive at the start."""
+        return tuple(sorted(self._survivors))
+
+    @property
     def adopted(self) -> set[int]:
         """The cores whose workers serve on."""
         return {core for core in self.by_core if self._is_ours(core)}

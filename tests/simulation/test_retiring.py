@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from reactor.control.plan import Placement
+from reactor.control.saved import decode
 from reactor.spec import DiskSpec
 from tests.simulation.application import Application
-from tests.simulation.host import Host
+from tests.simulation.host import INSTANCE, Host
 from tests.simulation.processes import WorkerProcess
 from tests.simulation.service import Service
 from tests.simulation.storage import Storage
@@ -83,6 +85,33 @@ class Hosts:
             replace(spec, core=None) if spec.core == 1 else spec for spec in self.service.config
         )
         self.service.change(cores=(0,))
+        self.service.die()
+
+    def free(self, name: str) -> None:
+        """Have a disk without device."""
+        next(a for a in self.applications if a.disk == name).finish()
+        controller = self.service.controller
+        assert controller is not None
+        device = {disk.spec.name: disk.device for disk in controller.disks()}[name]
+        assert device is not None
+        answers: list[Exception | None] = []
+        controller.detach(device, answers.append)
+        self._await(lambda: bool(answers), 60)
+        assert answers == [None]
+
+    def misplace(self, name: str) -> None:
+        """Kill the controller; the state it leaves has the disk on core 0, and on its way out."""
+        host, platform = self.host, self.service.platform
+        assert host.saved is not None
+        assert platform is not None
+        self.service.config = tuple(spec for spec in self.service.config if spec.name != name)
+        state = decode(host.saved, INSTANCE, platform.boot)
+        (wish,) = (wish for wish in state.wishes if wish.spec.name == name)
+        spec, elsewhere = replace(wish.spec, core=None), Placement(0, (0,))
+        misplaced = replace(wish, spec=spec, placement=elsewhere, desired="gone")
+        wishes = [misplaced if other is wish else other for other in state.wishes]
+        host.saved = replace(state, wishes=wishes).encode(INSTANCE, platform.boot)
+        host.unsaved = True
         self.service.die()
 
     def signals(self, number: int, process: WorkerProcess) -> int:
@@ -158,3 +187,15 @@ def test_without_a_saved_state_every_disk_waits(
     assert not any(storage.openers.keys() - {stuck} for storage in hosts.storages(stuck))
     hosts.await_states(stays="online", moves="online", plain="online", wide="online")
     assert stuck.gone
+
+
+def test_an_outdated_state_discards_nothing_under_the_worker_that_has_it(hosts: Hosts) -> None:
+    """Whether that says so, and is killed for it, or says nothing for long."""
+    owner = hosts.worker(1)
+    hosts.free("moves")
+    if hosts.world.chance(0.5):
+        owner.send_signal(signal.SIGSTOP)
+    hosts.misplace("moves")
+    hosts.await_states(stays="online", plain="online", wide="online")
+    assert owner.gone
+    assert "moves" not in hosts.host.store.memories()
