@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from tests.simulation.world import Event, World
+from tests.simulation.world import NS, Event, World
 
 if TYPE_CHECKING:
     from tests.simulation.host import Host
@@ -20,6 +20,7 @@ SHORTAGE: Final = 4  # exit status: of something that there may be later
 LOCK_TRIES: Final = 10
 LOCK_PAUSE: Final = 0.1
 BOOT_SECONDS: Final = 0.5  # from exec to the first hello, usually
+DRAIN_SECONDS: Final = 20.0  # after which one that was to drain and exit may be aborted
 EXIT_SECONDS: Final = 0.05  # from the signal to the end of the process, at most
 
 
@@ -56,6 +57,7 @@ class WorkerProcess:
         self.was_stopped = False  # ever
         self.gone = False
         self.stopped = False
+        self._to_end_since: int | None = None  # when it was last asked to drain and exit
         self.worker: Worker | None = None
         self.ends: dict[End, None] = {}  # that it has open
         self.status = 0
@@ -128,10 +130,11 @@ class WorkerProcess:
         if number == signal.SIGKILL:
             self.exit(-number)
         elif number == signal.SIGABRT:
-            if not self.was_stopped:
+            if not self.was_stopped and not self._drains_for_long():
                 self.world.violate(f"{self} is aborted, and never hung")
             self.run(lambda: self.exit(-signal.SIGABRT))
         elif number == signal.SIGTERM:
+            self._to_end_since = self.world.now
             self.run(self._terminate)
         elif number == signal.SIGSTOP:
             self.stopped = self.was_stopped = True
@@ -142,6 +145,10 @@ class WorkerProcess:
         """Whether not even SIGKILL ends it."""
         hung = any(operation.storage.hung for operation in self._operations)
         return hung and not self.gone and not self.alive
+
+    def _drains_for_long(self) -> bool:
+        since = self._to_end_since
+        return since is not None and self.world.now - since > DRAIN_SECONDS * NS
 
     def _terminate(self) -> None:
         if self.worker is None:

@@ -46,7 +46,7 @@ class Scenario:
         self.operator = Operator(self.host, self.service)
         self.service.on_start = self.operator.starts
         self.oracle = Oracle(self.host, self.service, self.operator)
-        self._over = False
+        self._healed = False
         self._phase_over = False
 
     def run(self) -> list[str]:
@@ -163,9 +163,14 @@ class Scenario:
                 if random.random() < 0.3:  # in quick succession
                     times = [times[0] + time / 20 for time in times]
                 for time in times:
-                    world.after(time, happen)
+                    world.after(time, self._unless_healed, happen)
+
+    def _unless_healed(self, happen: Callable[[], object]) -> None:
+        if not self._healed:
+            happen()
 
     def _heal(self) -> None:
+        self._healed = True
         self.host.faults.end()
         self.operator.tires = True
         self.host.store.heal()

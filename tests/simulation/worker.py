@@ -316,8 +316,9 @@ class Worker:
     def answer_inquiry(self) -> None:
         """Say hello when it was asked for and nothing is ending."""
         if self._inquiry is not None and not any(disk.ending for disk in self.disks.values()):
-            self.take_descriptors()
+            # First, as a connection that is taken may close at once and ask for the same.
             inquiry, self._inquiry = self._inquiry, None
+            self.take_descriptors()
             self._say_hello(inquiry)
 
     def _start(self, message: Message, tries: int = START_TRIES) -> None:
