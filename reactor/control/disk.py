@@ -343,7 +343,7 @@ class DiskControl:
         return self.desired == "online" and self.failure is None
 
     def _rise(self) -> None:
-        link, shares = self._link, self._shares
+        link, shares, resize = self._link, self._shares, self._resize
         device = link.device
         astray = device is not None and self.spec.device not in ("auto", device.path)
         if not astray:
@@ -352,7 +352,7 @@ class DiskControl:
         shares.open_next(self.spec, self._made, self._patience)
         if self._errand.busy() or self.failure is not None:
             return
-        if self._resize is None:
+        if resize is None:
             shares.agree()
             if self._errand.busy():
                 return
@@ -363,11 +363,11 @@ class DiskControl:
             self._let_go(device)
             return
         else:
-            link.mend(device, shares.geometry)
+            link.mend(device, resize.geometry(shares) if resize else shares.geometry)
         if self._errand.busy() or self.state != "online":
             return
-        if self._resize is not None:
-            self._resize_step(self._resize)
+        if resize is not None:
+            self._resize_step(resize)
         else:
             self._settle()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from reactor.control.link import DeviceLink
 from reactor.control.service import Done
-from reactor.control.shares import Shares
+from reactor.control.shares import Geometry, Shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,11 @@ class Resize:
     size: int
     done: Done
     before: int  # the size that the spec named
+
+    def geometry(self, shares: Shares) -> Geometry:
+        """Return what the kernel may believe in meanwhile: blocks that all have, and will have."""
+        sizes = (share.size for share in shares.opened)
+        return replace(shares.geometry, size=min([self.size, *sizes]))
 
     def begin(
         self,
