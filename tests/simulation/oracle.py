@@ -72,9 +72,8 @@ class Oracle:
         causes = self._host.causes
         if state in ("failed", "removed") and state not in subject.ends:
             assert disk is not None
-            if not subject.ends & {"online", "stopped"} or not causes.explain(
-                disk.spec.name, disk.reason
-            ):
+            explained = causes.explain(disk.spec.name, disk.reason) or self._hung(subject, disk)
+            if not subject.ends & {"online", "stopped"} or not explained:
                 self._world.violate(f"disk {subject.name} {state}: {disk.reason or 'no reason'}")
         elif state not in subject.ends:
             self._world.violate(
@@ -83,6 +82,12 @@ class Oracle:
         if disk is not None and state == "online":
             self._check_details(subject, disk)
             self._check_data(subject, disk)
+
+    def _hung(self, subject: Subject, disk: DiskStatus) -> bool:
+        """Whether its medium hung for longer than a disk waits that is to stop."""
+        storage = self._host.store.find(disk.spec)
+        hung = storage is not None and storage.outlasted and "did not answer start" in disk.reason
+        return hung and "stopped" in subject.ends
 
     def _check_details(self, subject: Subject, disk: DiskStatus) -> None:
         if subject.size not in (None, disk.size):

@@ -296,7 +296,7 @@ class Scenario:
         least, most = (0.5, 3) if storage in self._impatient() else (0.5, 15)
         if most > 3 and storage in awaited and self.world.chance(0.3):
             least, most = 60, 100
-            storage.outlasts = True
+            storage.outlasts = storage.outlasted = True
             for process in list(storage.openers):
                 process.send_signal(signal.SIGKILL)
         self.world.after(self.world.between(least, most), self._unhang, storage)

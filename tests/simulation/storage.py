@@ -25,6 +25,7 @@ class Storage:
         self.cut_from = 0  # bytes that it had before someone cut it
         self.hung = False  # the medium does nothing
         self.outlasts = False  # ... also when all other faults are over
+        self.outlasted = False  # ... once
         self.blocks: dict[int, int] = {}  # as every process sees them
         self._durable: dict[int, int] = {}  # what the host cannot lose
         self.openers: dict[Any, str | None] = {}  # by process: who it shares it with, None: nobody
