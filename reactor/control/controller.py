@@ -18,7 +18,7 @@ from reactor.control.platform import Platform
 from reactor.control.readiness import tell_ready
 from reactor.control.saved import SavedState, Wish, reconfigured, wishes_at_start
 from reactor.control.saving import Saving
-from reactor.control.service import DiskStatus, Done, WorkerStatus
+from reactor.control.service import DiskStatus, Done, UnsavedError, WorkerStatus
 from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess, counters
 from reactor.control.workforce import Workforce
@@ -467,7 +467,7 @@ class Controller:
                 error = OSError(errno.ESHUTDOWN, "the service stops; it may not be done")
             elif error is None and (unsaved := self._saving.error) is not None:
                 why = f"it is done, but cannot be saved for a restart: {reason(unsaved)}"
-                error = OSError(unsaved.errno, why)
+                error = UnsavedError(unsaved.errno, why)
             done(error)
 
         return answer

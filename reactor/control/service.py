@@ -17,6 +17,10 @@ DiskState: TypeAlias = Literal["starting", "online", "stopping", "stopped", "rem
 Done: TypeAlias = Callable[[Exception | None], None]
 
 
+class UnsavedError(OSError):
+    """What was asked for is done, but a service that starts later need not know of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class DiskStatus:
     """What a disk is now. Sizes in bytes; 0 while they are not known."""

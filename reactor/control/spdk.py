@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from reactor.control.call import Reply
 from reactor.control.jsonrpc import INTERNAL_ERROR, INVALID_PARAMS, RpcError
-from reactor.control.service import Done
+from reactor.control.service import Done, UnsavedError
 from reactor.errors import DeviceError, reason
 from reactor.log import logger
 
@@ -30,6 +30,8 @@ def spdk_error(error: Exception) -> Exception:
         return error
     if isinstance(error, DeviceError) and error.errno != errno.EBUSY:
         return error  # why a device cannot be attached is more than its errno tells
+    if isinstance(error, UnsavedError):
+        return error  # or it would tell that nothing was done
     told = failure(error.errno)
     log.info("RPC fails: %s", reason(error))
     return told

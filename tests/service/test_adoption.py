@@ -230,6 +230,9 @@ def test_a_state_that_cannot_be_saved_stops_nothing(service: Start, tmp_path: Pa
     keys = {"backend": "malloc", "size": "1MiB"}
     answer = running.rpc_raw("reactor_start_disk", name="made", keys=keys)
     assert "it is done, but cannot be saved for a restart" in answer["error"]["message"]
+    answer = running.rpc_raw("bdev_malloc_create", name="spdk", num_blocks=2048, block_size=512)
+    assert "it is done, but cannot be saved for a restart" in answer["error"]["message"]
+    assert running.rpc("bdev_get_bdevs", name="spdk")
     running.await_line("a controller that starts now would not know all")
     assert running.rpc("reactor_get_disks", name="made")[0]["state"] == "online"
     state, outdated = (running.runtime_dir / f"state{what}.json" for what in ("", "-outdated"))
