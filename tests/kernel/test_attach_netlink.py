@@ -19,7 +19,7 @@ import pytest
 
 from reactor.attach import sysfs
 from reactor.attach.device import Device, adopt, attach, held
-from reactor.attach.netlink import NetlinkDevice
+from reactor.attach.netlink import IO_TIMEOUT_MS, NetlinkDevice
 from reactor.errors import DeviceError
 from reactor.protocol import wire
 from reactor.spec import AttachWay
@@ -89,6 +89,7 @@ def write_in_flight(
     server: Server, device: Device, byte: bytes, length: int = 4096
 ) -> Iterator[Write]:
     device.probe()  # the first open of a device looks for partitions: not the I/O that is meant
+    wait_until(lambda: sysfs.io_timeout(device.index) == IO_TIMEOUT_MS)  # it is set by and by
     server.stall()
     writing = Write(device.path, byte, length)
     wait_until(lambda: sysfs.in_flight(device.index))
