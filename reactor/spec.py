@@ -121,6 +121,12 @@ class DiskSpec:
         """Whether both mean the same data."""
         return self.storage == other.storage
 
+    def differences(self, other: DiskSpec) -> list[str]:
+        """Return the keys, the backend's own too, that are not as in `other`."""
+        mine, others = ({**asdict(spec), **spec.options} for spec in (self, other))
+        keys = sorted({*mine, *others} - {"options"})
+        return [key for key in keys if mine.get(key) != others.get(key)]
+
     def identity(self) -> str:
         """Return a digest of what must not change under a device while it is attached."""
         content = {**self.storage, "readonly": self.readonly, "block_size": self.block_size}

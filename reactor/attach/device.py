@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from socket import socket
 from typing import Final
 
-from reactor.attach import ioctl, netlink, sysfs
+from reactor.attach import ioctl, netlink, occupants, sysfs
 from reactor.attach.block import Attachment, Device
 from reactor.errors import DeviceError
 from reactor.spec import AttachWay
 
-__all__ = ["Device", "adopt", "attach", "held"]
+__all__ = ["Device", "adopt", "attach", "claims", "held"]
 
 _PATH: Final = re.compile(r"/dev/nbd(0|[1-9][0-9]{0,5})")
 
@@ -59,6 +59,13 @@ def adopt(tag: str, *, patient: bool = False) -> Device | None:
     if patient:
         netlink.set_io_timeout(devices[0].index)
     return devices[0]
+
+
+def claims(path: str) -> list[str]:
+    """Return what stands on a device: mounts, swap, other devices."""
+    index = _index(path)
+    assert index is not None
+    return occupants.claims(path, index)
 
 
 def held(prefix: str) -> list[str]:

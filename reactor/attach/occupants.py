@@ -22,7 +22,7 @@ def occupation(path: str, index: int) -> str:
     if thread is None:
         openers = processes_with(path)
         if openers:
-            return f"{path} is not attached, but is held open by {_listed(openers)}"
+            return f"{path} is not attached, but is held open by {listed(openers)}"
         return f"{path} is in use"
     tag = sysfs.backend(index)
     if tag is not None and tag.startswith(TAG_PREFIX):
@@ -35,18 +35,25 @@ def occupation(path: str, index: int) -> str:
 
 
 def users(path: str, index: int) -> list[str]:
-    """Return what stands on the device: mounts, stacked devices, processes that have it open."""
+    """Return what stands on the device, and the processes that have it open."""
+    return [*claims(path, index), *processes_with(path)]
+
+
+def claims(path: str, index: int) -> list[str]:
+    """Return what stands on the device: mounts, swap, stacked devices."""
     stacked = [f"/dev/{name}" for name in sysfs.holders(index)]
-    return [*(f"the mount {mount}" for mount in mounts(path)), *stacked, *processes_with(path)]
+    return [*(f"the mount {mount}" for mount in mounts(path)), *swap(path), *stacked]
 
 
 def mounts(path: str) -> list[str]:
     """Return where the device or a partition of it is mounted."""
-    try:
-        lines = (PROC / "self/mounts").read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [line.split()[1] for line in lines if _is_device(line.split(" ", 1)[0], path)]
+    return [fields[1] for fields in _table("self/mounts") if _is_device(fields[0], path)]
+
+
+def swap(path: str) -> list[str]:
+    """Return a word for each swap area on the device or a partition of it."""
+    areas = [fields[0] for fields in _table("swaps") if _is_device(fields[0], path)]
+    return [f"the swap on {area}" for area in areas]
 
 
 def processes_with(path: str) -> list[str]:
@@ -61,14 +68,23 @@ def processes_with(path: str) -> list[str]:
 
 def still_used(path: str, found: list[str]) -> DeviceError:
     """Return the error for a device that was disconnected under its users."""
-    names = _listed(found) or "somebody"
+    names = listed(found) or "somebody"
     message = f"{path} is disconnected, but stays in use until {names} lets it go"
     return DeviceError(errno.EBUSY, message)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return the first of some names, and how many more there are."""
     more = len(names) - NAMES_MAX
     return ", ".join(names[:NAMES_MAX]) + (f" and {more} more" if more > 0 else "")
+
+
+def _table(name: str) -> list[list[str]]:
+    try:
+        lines = (PROC / name).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.split() for line in lines if line]
 
 
 def _open_files(process: Path) -> Iterator[str]:

@@ -10,15 +10,17 @@ from socket import socket
 from typing import Final
 
 from backends import registry
-from reactor.control.disk import DiskControl, Host
+from reactor.control.disk import DiskControl
+from reactor.control.host import Host
 from reactor.control.leftovers import LeftDevices
 from reactor.control.notify import notify, notify_reloading
+from reactor.control.obstacles import obstacle
 from reactor.control.plan import Machine, Placement, place, place_all
 from reactor.control.platform import Platform
 from reactor.control.readiness import tell_ready
 from reactor.control.saved import SavedState, Wish, reconfigured, wishes_at_start
 from reactor.control.saving import Saving
-from reactor.control.service import DiskStatus, Done, UnsavedError, WorkerStatus
+from reactor.control.service import DiskStatus, Done, WorkerStatus
 from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess, counters
 from reactor.control.workforce import Workforce
@@ -124,7 +126,7 @@ class Controller:
             if spec is None and was is not None:
                 disk.want("gone")
             elif spec not in (None, was) and disk.spec != reconfigured(disk.spec, was, spec):
-                self._change(disk, spec)
+                self._change(disk, spec, was)
         self._tick()
 
     def close(self) -> None:
@@ -234,10 +236,9 @@ class Controller:
     def reload(self, done: Done) -> None:
         """Read the config again and become what it says."""
         done = self._when_saved(done)
-        if self._stopping:
-            done(OSError(errno.ESHUTDOWN, "the service is stopping"))
-            return
         try:
+            if self._stopping:
+                raise OSError(errno.ESHUTDOWN, "the service is stopping")
             specs = self._read_config()
             if specs is None:
                 raise UsageError("the service was started without --config: nothing to reload")
@@ -258,16 +259,23 @@ class Controller:
                 disk = self._add(Wish(spec, places[name]))
                 self._save()
                 disk.step()
-            elif spec != before.get(name) or disk.desired == "gone":
-                self._change(disk, spec)
+                continue
+            disk.obstacle = ""
+            if spec != before.get(name) or disk.desired == "gone":
+                self._change(disk, spec, before.get(name))
             elif disk.state == "failed":  # one whose storage was removed waits for `start`
                 disk.want("online")
-        done(None)
+        problems = "; ".join(disk.obstacle for disk in self._disks.values() if disk.obstacle)
+        done(OSError(errno.EBUSY, problems) if problems else None)
         self._on_settled(None)
 
-    def _change(self, disk: DiskControl, spec: DiskSpec) -> None:
-        """Make `disk` what `spec` says: in place if it can be, else by a new disk of its name."""
-        if disk.desired == "gone" or not disk.change(spec):
+    def _change(self, disk: DiskControl, spec: DiskSpec, before: DiskSpec | None) -> None:
+        """Make `disk` what `spec` says, in place or by a new one, unless its device is in use."""
+        disk.obstacle = obstacle(self._platform, disk, spec)
+        if disk.obstacle:
+            log.error("%s", disk.obstacle)
+            self._configured = {**self._configured, spec.name: before or disk.spec}
+        elif disk.desired == "gone" or not disk.change(spec):
             log.info("disk %s is stopped, and made anew as the config says now", spec.name)
             self._successors[spec.name] = spec
             disk.want("gone")
@@ -285,9 +293,7 @@ class Controller:
         notify("STOPPING=1\nSTATUS=stopping")
         self.keeps = self.keeps or keep
         if not self.keeps:  # memory goes with the disks, and so may this process before its end
-            state = self._state()
-            wishes = tuple(replace(wish, made=0) for wish in state.wishes)
-            self._saving.save(replace(state, wishes=wishes))
+            self._saving.save(self._state().let_go())
         self._stopping = True
         self._successors.clear()
         self.reactor.call_later(STOP_SECONDS, self._force)
@@ -393,8 +399,7 @@ class Controller:
             tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")
             self.exit_status = 1
             # What was there before, and serves somebody, is left as it was found.
-            self.keeps = self.keeps or self._took_over
-            self.shut_down()
+            self.shut_down(keep=self._took_over)
             return
         tell_ready(self.disks(), len(self._workers), first=first, demo=self._options.demo)
 
@@ -462,13 +467,7 @@ class Controller:
 
         def answer(error: Exception | None) -> None:
             self._save()
-            overtaken = error is None or getattr(error, "errno", None) == errno.ECANCELED
-            if self._stopping and overtaken:
-                error = OSError(errno.ESHUTDOWN, "the service stops; it may not be done")
-            elif error is None and (unsaved := self._saving.error) is not None:
-                why = f"it is done, but cannot be saved for a restart: {reason(unsaved)}"
-                error = UnsavedError(unsaved.errno, why)
-            done(error)
+            done(self._saving.outcome(error, stopping=self._stopping))
 
         return answer
 
@@ -486,7 +485,8 @@ class Controller:
 
     def _holder(self, device: str | None) -> str | None:
         disks = self._disks.values()
-        on_it = (disk for disk in disks if disk.path == device)
+        # One that is letting go of it comes last: another may have it already.
+        on_it = sorted((d for d in disks if d.path == device), key=lambda d: d.leaves_device)
         meant_for_it = (disk for disk in disks if disk.spec.device == device != "auto")
         return next((disk.spec.name for disk in (*on_it, *meant_for_it)), None)
 

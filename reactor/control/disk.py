@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 from reactor.attach.device import Device
 from reactor.control.answers import Answers
 from reactor.control.errand import Errand
+from reactor.control.host import Host
 from reactor.control.link import DeviceLink
-from reactor.control.platform import Platform
 from reactor.control.resize import Resize
 from reactor.control.saved import Desired, Wish
 from reactor.control.service import DiskState, DiskStatus, Done
@@ -36,18 +36,6 @@ AWAITED: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY)
 log = logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What all disks of a service share."""
-
-    platform: Platform
-    save: Callable[[], None]  # keep what the disks should be, before anything is done for it
-    save_soon: Callable[[Callable[[], None]], None]  # ... with others; and what goes on then
-    on_settled: Callable[[DiskControl], None]  # a disk is what it should be, or failed
-    may_attach: Callable[[DiskControl], bool]  # no other disk goes first
-    is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage
-
-
 class DiskControl:
     """A disk and what is done to make it what it should be."""
 
@@ -64,6 +52,7 @@ class DiskControl:
         self.desired: Desired = wish.desired
         self.keep_device = False  # stop the disk, but let the kernel hold its device
         self.forced = False  # stop without writing back
+        self.obstacle = ""  # why it is not as the config says
         self._made = wish.made  # 0: its storage may be made anew, should it be gone
         self.failure: Exception | None = None
         self.settled = False
@@ -78,7 +67,7 @@ class DiskControl:
         self._errand = Errand(host.platform, self.step)
         shares = {core: Share(workers[core]) for core in placement.cores}
         homes = [shares[core] for core in placement.connections]
-        self._shares = Shares(self._errand, spec.name, list(shares.values()), self._on_failed)
+        self._shares = Shares(self._errand, spec, list(shares.values()), self._on_failed)
         self._link = DeviceLink(host.platform, self._errand, homes, self._on_link_failed)
         self._configured = spec
         self._answers = Answers(spec.name)
@@ -107,26 +96,34 @@ class DiskControl:
         self._again(done, desired)
 
     def change(self, spec: DiskSpec) -> bool:
-        """Become `spec` in place, if only device or size differ; else nothing happens: False."""
+        """Become `spec` in place, if that can be done; else nothing happens: False."""
+        if not self.can_become(spec):
+            return False
+        size, shown = spec.options.get("size", 0), self._shares.geometry.size
+        other_size = size != self.spec.options.get("size", 0)
         self._configured = spec
-        size = spec.options.get("size")
-        if replace(spec, device=self.spec.device) == self.spec:
-            self.spec = spec
+        self.spec = replace(self.spec, device=spec.device, listen=spec.listen)
+        self._shares.listen = spec.listen
+        if other_size and size < shown:
+            log.warning(
+                "disk %s keeps its %d bytes: a reload does not cut a disk, `resize` does",
+                *(self.spec.name, shown),
+            )
+        if other_size and size >= shown:
+            self.resize(size, self._report_resize)
+        else:
             self.want("online")
-            return True
-        old = replace(self.spec, device=spec.device)
-        if size and self._rising() and old == spec.with_size(self.spec.options.get("size", size)):
-            self.spec = old
-            if size < self._shares.geometry.size:
-                log.warning(
-                    "disk %s keeps its %d bytes: a reload does not cut a disk, `resize` does",
-                    *(self.spec.name, self._shares.geometry.size),
-                )
-                self.want("online")
-            else:
-                self.resize(size, self._report_resize)
-            return True
-        return False
+        return True
+
+    def can_become(self, spec: DiskSpec) -> bool:
+        """Whether only its device, its listeners or its size differ."""
+        here = replace(self.spec, device=spec.device, listen=spec.listen)
+        return here == spec or (
+            self._rising()
+            and "size" in here.options
+            and "size" in spec.options
+            and here == spec.with_size(here.options["size"])
+        )
 
     def attach(self, device: str | None, done: Callable[[str | Exception], None]) -> None:
         """Attach to `device` (None: the first free)."""
@@ -233,7 +230,7 @@ class DiskControl:
         former = ", ".join(str(worker.core) for worker in self._awaited_former())
         if former and not self.online:
             return f"waits for the end of the worker of core {former}, which may have it open"
-        return self._shares.shortcoming() if self._rising() else ""
+        return self._shares.shortcoming() or self.obstacle if self._rising() else ""
 
     # --- what happens ---
 

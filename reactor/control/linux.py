@@ -94,6 +94,7 @@ class Linux:
 
     attach = staticmethod(device.attach)
     adopt = staticmethod(device.adopt)
+    claims = staticmethod(device.claims)
     held = staticmethod(device.held)
 
     def call(

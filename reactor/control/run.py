@@ -97,4 +97,4 @@ def _log_reload(error: Exception | None) -> None:
     if error is None:
         log.info("config reloaded")
     else:
-        log.error("config not reloaded, or not for a restart: %s", reason(error))
+        log.error("config not reloaded, or not in full: %s", reason(error))

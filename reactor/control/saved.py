@@ -44,6 +44,10 @@ class SavedState:
         wishes = tuple(replace(wish, made=min(wish.made, 1)) for wish in self.wishes)
         return replace(self, wishes=wishes, complete=False)
 
+    def let_go(self) -> SavedState:
+        """Return the same without what keeps storage from being made anew."""
+        return replace(self, wishes=tuple(replace(wish, made=0) for wish in self.wishes))
+
     def encode(self, instance: str, boot: str) -> bytes:
         """Return the bytes to keep. `boot` names the time since the host was booted."""
         content = {

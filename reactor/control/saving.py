@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 from reactor.control.platform import Platform
 from reactor.control.saved import SavedState
+from reactor.control.service import UnsavedError
 from reactor.errors import reason
 from reactor.log import logger
 
@@ -40,6 +42,16 @@ class Saving:
         if not self._waiting:
             self._platform.reactor.call_later(0, self._save_for_all)
         self._waiting.append(then)
+
+    def outcome(self, error: Exception | None, *, stopping: bool) -> Exception | None:
+        """Return what to tell of what ended so: no success that is not known to a later start."""
+        overtaken = error is None or getattr(error, "errno", None) == errno.ECANCELED
+        if stopping and overtaken:
+            return OSError(errno.ESHUTDOWN, "the service stops; it may not be done")
+        if error is None and self.error is not None:
+            why = f"it is done, but cannot be saved for a restart: {reason(self.error)}"
+            return UnsavedError(self.error.errno, why)
+        return error
 
     def _save_for_all(self) -> None:
         waiting, self._waiting = self._waiting, []

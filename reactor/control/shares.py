@@ -14,7 +14,7 @@ from reactor.control.workers import WorkerProcess
 from reactor.errors import DeviceError, ReactorError, reason
 from reactor.log import logger
 from reactor.messages import Message
-from reactor.spec import DiskSpec
+from reactor.spec import Address, DiskSpec
 
 OPEN_SECONDS: Final = 60.0
 REMOVE_SECONDS: Final = 15.0
@@ -42,6 +42,7 @@ class Share:
         self.opened = False  # it has the disk open
         self.size = 0  # bytes of the disk, as it last told
         self.members: list[int] | None = None  # it leads, and gives clients to these cores
+        self.listen: tuple[Address, ...] = ()
         self.refusing = False  # it refuses I/O
         self.unheard = ""  # why it leads, and clients find nobody
         self.statistics: dict[str, int] = {}
@@ -51,6 +52,7 @@ class Share:
         self.opened = True
         self.size = report["size"]
         self.members = report["members"] if report["leads"] else None
+        self.listen = DiskSpec.from_message(report["spec"]).listen
         self.refusing = report["refusing"]
 
     def close(self) -> None:
@@ -58,6 +60,7 @@ class Share:
         self.opened = False
         self.size = 0
         self.members = None
+        self.listen = ()
         self.refusing = False
         self.unheard = ""
         self.statistics = {}
@@ -73,14 +76,15 @@ class Shares:
     def __init__(
         self,
         errand: Errand,
-        disk: str,
+        spec: DiskSpec,
         shares: Sequence[Share],
         on_failed: Callable[[Exception], None],
     ) -> None:
+        self.listen = spec.listen  # where its leader should
         self.geometry = Geometry()
         self.has_storage = self._had_storage = False  # a worker has opened the disk, or may have
         self._errand = errand
-        self._disk = disk
+        self._disk = spec.name
         self._all = shares
         self._on_failed = on_failed
         self._on_refused = on_failed  # the leader's resize
@@ -111,7 +115,9 @@ class Shares:
         return [
             share
             for share in self._taking_part()
-            if not share.opened or share.members != (members if share is leader else None)
+            if not share.opened
+            or share.members != (members if share is leader else None)
+            or share.listen != (self.listen if share is leader else ())
         ]
 
     @property
@@ -125,11 +131,13 @@ class Shares:
         return len(self._all) > 1
 
     def are_of(self, report: Mapping[str, Any], spec: DiskSpec) -> bool:
-        """Whether a worker has it open as `spec` says, but for its size, and lets others."""
+        """Whether a worker has it open as `spec` says, and lets others.
+
+        But for its size and addresses, which can be changed.
+        """
         served = DiskSpec.from_message(report["spec"])
         wanted = replace(spec, device=None, listen=served.listen).with_size(0)
-        known = served.with_size(0) == wanted and served.listen in ((), spec.listen)
-        return known and (report["shared"] or not self._shared)
+        return served.with_size(0) == wanted and (report["shared"] or not self._shared)
 
     @property
     def refusing(self) -> bool:
@@ -193,13 +201,16 @@ class Shares:
         )
         leads = share.worker.core == core
         self._had_storage, self.has_storage = self.has_storage, True  # should it never answer
-        spec = spec.with_device(None)  # what the worker needs not know changes without it
+        listen = self.listen if leads else ()
+        # What the worker needs not know changes without it.
+        spec = replace(spec, device=None, listen=listen)
 
         def started(_worker: WorkerProcess, message: Message) -> None:
             self._learn(message)
             share.opened = True
             share.size = message["size"]
             share.members = members if leads else None
+            share.listen = listen
 
         self._ask(
             [share],
@@ -207,7 +218,7 @@ class Shares:
             "started",
             within,
             started,
-            spec=(spec if leads else replace(spec, listen=())).to_message(),
+            spec=spec.to_message(),
             shared=self._shared,
             leads=leads,
             members=members if leads else [],

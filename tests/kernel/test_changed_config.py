@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.client import Client
+from tests.commands import ctl, run
 from tests.running import RunningService
 
 pytestmark = pytest.mark.kernel
@@ -111,3 +114,75 @@ def test_other_timeouts_reach_the_kernel(service: Start) -> None:
     again = service(disk("malloc", size="8MiB", timeout=30), runtime_dir=running.runtime_dir)
     again.await_state("x", "online")
     assert timeout.read_text() == "30000\n"
+
+
+@contextmanager
+def mounted(at: Path) -> Iterator[None]:
+    at.mkdir(exist_ok=True)
+    run("mkfs.ext4", "-q", "/dev/nbd0")
+    run("mount", "/dev/nbd0", str(at))
+    try:
+        yield
+    finally:
+        run("umount", str(at))
+
+
+@contextmanager
+def swapped_to(_at: Path) -> Iterator[None]:
+    run("mkswap", "/dev/nbd0")
+    run("swapon", "/dev/nbd0")
+    try:
+        yield
+    finally:
+        run("swapoff", "/dev/nbd0")
+
+
+Use = Callable[[Path], AbstractContextManager[None]]
+
+
+@pytest.mark.parametrize(("use", "what"), [(mounted, "the mount {}"), (swapped_to, "the swap")])
+def test_a_device_in_use_is_not_taken_from_its_users(
+    service: Start, tmp_path: Path, use: Use, what: str
+) -> None:
+    at = tmp_path / "mount"
+    keys = {"path": tmp_path / "image", "size": "16MiB"}
+    running = service(disk("file", **keys))
+    with use(at):
+        running.config_path.write_text(disk("file", **keys, dead_timeout=60))
+        answer = running.rpc_raw("reactor_reload")["error"]["message"]
+        assert f"disk x stays as it was: /dev/nbd0 is in use by {what.format(at)}" in answer
+        assert "another dead_timeout" in answer
+        assert answer in ctl(running.runtime_dir, "show", "x")
+        running.config_path.write_text(disk("file", **{**keys, "device": "auto", "size": "32MiB"}))
+        running.rpc("reactor_reload")
+        running.await_true(lambda: Path("/sys/block/nbd0/size").read_text() == "65536\n")
+        running.config_path.write_text(disk("file", **{**keys, "device": "/dev/nbd1"}))
+        assert "another device" in running.rpc_raw("reactor_reload")["error"]["message"]
+        for action in (end_with_keep, end_both):
+            action(running)
+            running = service(disk("file", **keys, readonly=True), runtime_dir=running.runtime_dir)
+            assert "another readonly" in running.await_line("disk x stays as it was")
+            (at / "file").write_bytes(b"m" * LENGTH) if at.exists() else None
+        os.sync()
+    running.rpc("reactor_reload")
+    running.await_true(lambda: running.rpc("reactor_get_disks", name="x")[0]["readonly"])
+    running.await_state("x", "online")
+
+
+def test_other_addresses_leave_a_device_alone(service: Start, tmp_path: Path) -> None:
+    running = service(disk("malloc", size="8MiB", listen=f"unix:{tmp_path}/old.sock"))
+    old_path, new_path = tmp_path / "old.sock", tmp_path / "new.sock"
+    with Path("/dev/nbd0").open("r+b", buffering=0) as device, Client(old_path, "x") as old:
+        device.write(b"d" * 4096)
+        os.fsync(device)
+        running.config_path.write_text(disk("malloc", size="8MiB", listen=f"unix:{new_path}"))
+        running.rpc("reactor_reload")
+        running.await_true(new_path.exists)
+        running.await_state("x", "online")
+        with Client(new_path, "x") as new:
+            assert new.read(0, 4096) == b"d" * 4096
+        assert old.read(0, 4096) == b"d" * 4096, "who is there stays"
+        assert not old_path.exists()
+        device.write(b"e" * 4096)
+        os.fsync(device)
+    assert "has a new socket" not in running.log

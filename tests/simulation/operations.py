@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from reactor.control.service import Done
-from reactor.spec import DiskSpec
+from reactor.spec import Address, DiskSpec
 from tests.simulation.host import Host
 from tests.simulation.kernel import KernelDevice
 from tests.simulation.service import Service
@@ -414,6 +414,7 @@ class Operator:
             subject.backend,
             options,
             device=random.choice((None, "auto", "auto", "auto", named)),
+            listen=random.choice(((), (Address("unix", f"/run/{subject.name}.sock"),))),
             core=random.choice((None, None, None, *cores)),
             readonly=random.random() < 0.1,
             block_size=random.choice((None, None, None, None, 512)),

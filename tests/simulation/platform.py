@@ -227,6 +227,10 @@ class SimulatedPlatform:
             device.io_timeout = IO_TIMEOUT
         return NetlinkDevice(self.host.driver, device)
 
+    def claims(self, _device: str) -> list[str]:
+        """Applications here only open devices."""
+        return []
+
     def held(self, prefix: str) -> list[str]:
         """Return the tags of what the kernel holds."""
         devices = self.host.driver.configured()

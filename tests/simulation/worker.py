@@ -352,6 +352,7 @@ class Worker:
             message["shared"] and not disk.shared
         ):
             raise OSError(errno.EBUSY, f"disk {spec.name} is served with another config")
+        disk.spec = replace(disk.spec, listen=spec.listen)
         disk.leads = message["leads"]
         disk.members = message["members"]
         answer = {"size": disk.size, "block_size": disk.block_size, "flags": disk.flags}

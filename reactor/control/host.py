@@ -1,0 +1,24 @@
+"""What all disks of a service share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reactor.control.platform import Platform
+
+if TYPE_CHECKING:
+    from reactor.control.disk import DiskControl
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The world, and what only who knows all disks can say or do."""
+
+    platform: Platform
+    save: Callable[[], None]  # keep what the disks should be, before anything is done for it
+    save_soon: Callable[[Callable[[], None]], None]  # ... with others; and what goes on then
+    on_settled: Callable[[DiskControl], None]  # a disk is what it should be, or failed
+    may_attach: Callable[[DiskControl], bool]  # no other disk goes first
+    is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage

@@ -1,0 +1,32 @@
+"""Why a disk cannot become what the config says: its device would be taken from its users."""
+
+from __future__ import annotations
+
+from reactor.attach.occupants import listed
+from reactor.control.disk import DiskControl
+from reactor.control.platform import Platform
+from reactor.spec import DiskSpec
+
+
+def obstacle(platform: Platform, disk: DiskControl, spec: DiskSpec) -> str:
+    """Return why `disk` must stay as it is now, for the operator; empty if it need not.
+
+    Who has just opened the device, and neither mounted it nor put anything on it, is not asked.
+    """
+    path = disk.path
+    elsewhere = spec.device not in ("auto", path)
+    if (
+        path is None
+        or (disk.can_become(spec) and not elsewhere)
+        or disk.state not in ("starting", "online")
+    ):
+        return ""
+    claims = platform.claims(path)
+    if not claims:
+        return ""
+    in_place = {"size", "listen"} if elsewhere else {"size", "listen", "device"}
+    keys = ", ".join(key for key in spec.differences(disk.spec) if key not in in_place)
+    return (
+        f"disk {spec.name} stays as it was: {path} is in use by {listed(claims)}, and would be"
+        f" taken away for another {keys}; end that use, then reload"
+    )
