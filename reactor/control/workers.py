@@ -233,11 +233,14 @@ class WorkerProcess:
                 )
             self.is_blocked = True
         elif silence > limit + ABORT_SECONDS:
-            self.kill("it did not even abort")
+            self.kill("it did not even abort" if self._aborted else "it does not end")
         elif not self._aborted and not self._stopping:
+            told = "is silent for", silence
+            if self._leaving:  # it may well say something
+                told = "has not ended after", self._lived()
             log.error(
-                "worker core %d (pid %d) is silent for %.0f s: aborted, its stack follows",
-                *(self.core, process.pid, silence),
+                "worker core %d (pid %d) %s %.0f s: aborted, its stack follows",
+                *(self.core, process.pid, *told),
             )
             self._aborted = True
             process.send_signal(signal.SIGABRT)

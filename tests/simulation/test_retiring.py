@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
@@ -81,3 +82,19 @@ def test_an_outdated_state_discards_nothing_under_the_worker_that_has_it(hosts: 
     hosts.await_states(stays="online", plain="online", wide="online")
     assert owner.gone
     assert "moves" not in hosts.host.store.memories()
+
+
+def test_a_worker_of_another_version_that_drains_for_too_long_is_aborted(
+    hosts: Hosts, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = hosts.worker(1)
+    slow.worker.disks["moves"].storage.hung = True
+    hosts.let_pass(2)
+    hosts.host.version += 1
+    hosts.service.die()
+    hosts.let_pass(45)
+    assert hosts.signals(signal.SIGABRT, slow) == 1
+    assert re.search(rf"\(pid {slow.pid}\) has not ended after (29|30|31) s: aborted", caplog.text)
+    assert "is silent" not in caplog.text
+    hosts.host.store.heal()
+    hosts.await_states(stays="online", moves="online", plain="online", wide="online")
