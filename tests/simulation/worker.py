@@ -193,7 +193,10 @@ class ServedDisk:
 
     def check_size(self) -> None:
         """The kernel must never believe in blocks that the disk does not have."""
-        if self.spec.name in self.worker.process.host.store.forgotten:
+        store = self.worker.process.host.store
+        # What was cut, and need not be what it was, may be written back for as far as it goes.
+        shorter = self.storage.cut_from and self.storage.key not in store.relied_on
+        if shorter or self.spec.name in store.forgotten:
             return
         for connection in self.connections:
             device = connection.device
