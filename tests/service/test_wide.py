@@ -75,6 +75,24 @@ def clients_of(tmp_path: Path, worker: psutil.Process) -> int:
     return sum(file in connected for file in open_files(worker.pid))
 
 
+def connect_both(
+    running: RunningService, tmp_path: Path, connect: Connect
+) -> tuple[Client, Client]:
+    """Return a client of the owner and one of the member, which for a while may be given none."""
+    member = running.workers()[running.await_state("w", "online")["cores"][1]]
+    clients = connect(1)
+
+    def connected() -> bool:
+        if len(clients) > 1:
+            clients.pop().close()
+        clients.extend(connect(1))
+        clients[-1].read(0, 512)
+        return clients_of(tmp_path, member) > 0
+
+    running.await_true(connected)
+    return clients[0], clients[1]
+
+
 def test_it_is_open_on_both_workers(running: RunningService) -> None:
     disk = running.await_state("w", "online")
     assert sorted(disk["cores"]) == CORES
@@ -131,7 +149,7 @@ def test_a_killed_worker_takes_only_its_own_clients(
     running: RunningService, tmp_path: Path, connect: Connect, victim: int
 ) -> None:
     disk = running.await_state("w", "online")
-    owner, member = connect(2)
+    owner, member = connect_both(running, tmp_path, connect)
     member.write(4096, b"m" * 4096)
     owner.write(0, b"o" * 4096)
     dies, lives = (owner, member) if victim == 0 else (member, owner)
@@ -172,8 +190,7 @@ def test_a_worker_that_hangs_is_replaced_and_its_clients_alone_are_lost(
     service: Start, tmp_path: Path, connect: Connect
 ) -> None:
     running = service(wide(tmp_path), cores=BOTH)
-    owner, member = connect(2)
-    member.read(0, 512)
+    owner, member = connect_both(running, tmp_path, connect)
     running.workers()[running.await_state("w", "online")["cores"][1]].send_signal(signal.SIGSEGV)
     assert member.at_end()
     owner.write(0, b"x" * 512)
@@ -338,9 +355,9 @@ def test_a_worker_that_finds_the_file_grown_shows_what_the_others_do(
 
 
 def test_a_reload_grows_a_disk_while_one_of_its_workers_restarts(
-    running: RunningService, connect: Connect
+    running: RunningService, tmp_path: Path, connect: Connect
 ) -> None:
-    owner, member = connect(2)
+    owner, member = connect_both(running, tmp_path, connect)
     owner.write(0, b"k" * 4096)
     config = running.config_path.read_text()
     running.config_path.write_text(config.replace("8MiB", "16MiB"))
@@ -472,9 +489,9 @@ def dirty_pages(path: Path) -> int:
 def test_a_flush_at_one_worker_covers_writes_at_the_other(
     service: Start, tmp_path: Path, connect: Connect
 ) -> None:
-    service(wide(tmp_path, "file"), cores=BOTH)
+    running = service(wide(tmp_path, "file"), cores=BOTH)
+    clients = connect_both(running, tmp_path, connect)
     for writer, flusher in ((0, 1), (1, 0)):
-        clients = connect(2)
         clients[writer].write(0, b"d" * MIB)
         if not dirty_pages(tmp_path / "image"):
             pytest.skip("this file system keeps no dirty pages")
