@@ -291,14 +291,20 @@ class Scenario:
             return
         self.world.note("%s hangs", storage)
         storage.hung = True
-        awaited = [d.storage for d in self.host.driver.configured() if d.dead_timeout == 600]
+        awaited = [d for d in self.host.driver.configured() if d.dead_timeout == 600]
         # Longer than a disk's timeout it must not be: that is documented to cost data.
         least, most = (0.5, 3) if storage in self._impatient() else (0.5, 15)
-        if most > 3 and storage in awaited and self.world.chance(0.3):
+        among = storage in [device.storage for device in awaited]
+        if most > 3 and among and self.world.chance(0.3):
             least, most = 60, 100
             storage.outlasts = storage.outlasted = True
             for process in list(storage.openers):
                 process.send_signal(signal.SIGKILL)
+            # Nobody waits for so long for another disk of that worker without such a device.
+            patient = [device.disk for device in awaited]
+            for name in self.operator.subjects:
+                if name not in patient:
+                    self.host.causes.strike(name, "did not answer start")
         self.world.after(self.world.between(least, most), self._unhang, storage)
 
     def _refuse_storage(self) -> None:
