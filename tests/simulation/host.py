@@ -81,6 +81,10 @@ class Host:
         if self.core_locks.get(process.core) is process:
             del self.core_locks[process.core]
 
+    def does(self, what: object) -> bool:
+        """Whether something is still done that a process, even a dead one, was asked for."""
+        return any(process.does(what) for process in self.processes.values())
+
     def crash(self, *, keeps_state: bool) -> None:
         """Lose power: nothing is left but what is durable. The controller is dead already."""
         self.world.note("--- the host loses power; the saved state is left: %s ---", keeps_state)

@@ -27,8 +27,11 @@ EXIT_SECONDS: Final = 0.05  # from the signal to the end of the process, at most
 class Operation:
     """An operation of a process on its storage, which the kernel does in its time."""
 
-    def __init__(self, process: WorkerProcess, storage: Storage, land: Callable[[], None]) -> None:
+    def __init__(
+        self, process: WorkerProcess, storage: Storage, land: Callable[[], None], what: object
+    ) -> None:
         self.storage = storage
+        self.what = what
         self.event: Event | None = None
         self._process = process
         self._land = land
@@ -107,13 +110,17 @@ class WorkerProcess:
         else:
             function()
 
-    def operate(self, storage: Storage, land: Callable[[], None]) -> None:
-        """Have the kernel do something to the storage."""
-        operation = Operation(self, storage, land)
+    def operate(self, storage: Storage, land: Callable[[], None], what: object) -> None:
+        """Have the kernel do something to the storage, as `what` asks."""
+        operation = Operation(self, storage, land, what)
         self._operations[operation] = None
         slow = self.world.chance(0.03)
         seconds = self.world.between(0, 4.0 if slow else 0.002)
         operation.event = self.world.after(seconds, operation.happen)
+
+    def does(self, what: object) -> bool:
+        """Whether the kernel still does for it what was asked."""
+        return any(operation.what is what for operation in self._operations)
 
     def operation_ended(self, operation: Operation) -> None:
         """Forget an operation."""

@@ -105,12 +105,14 @@ def flush_nothing(patch: Patch) -> None:
 def acknowledge_before_it_lands(patch: Patch) -> None:
     operate = WorkerProcess.operate
 
-    def operate_later(self: WorkerProcess, storage: Storage, land: Callable[[], None]) -> None:
+    def operate_later(
+        self: WorkerProcess, storage: Storage, land: Callable[[], None], what: object
+    ) -> None:
         before = dict(storage.blocks)
         land()
         written = {block: v for block, v in storage.blocks.items() if v != before.get(block)}
         storage.blocks = before
-        operate(self, storage, lambda: storage.blocks.update(written))
+        operate(self, storage, lambda: storage.blocks.update(written), what)
 
     patch.setattr(WorkerProcess, "operate", operate_later)
 
