@@ -29,6 +29,9 @@ STATE_MAX: Final = 256 << 20  # bytes
 OWNER_SECONDS: Final = 1.0  # until a worker that has its lock must have said so
 OWNER_PAUSE_SECONDS: Final = 0.02
 
+#: What decoding raises when a file is not what was written.
+DAMAGE: Final = (ValueError, LookupError, TypeError, RecursionError)
+
 log = logger(__name__)
 
 
@@ -92,9 +95,9 @@ class RuntimeDir:
                 return decode(file.read(STATE_MAX), self.instance, self.boot)
         except FileNotFoundError:
             return None
-        except (OSError, ReactorError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ReactorError, *DAMAGE) as error:
             raise ReactorError(
-                f"saved state {path}: {reason(error)}; nothing is touched. Move it away to start"
+                f"saved state {_about(path, error)}; nothing is touched. Move it away to start"
                 " with the disks of the config alone: devices that only it knows are then released"
             ) from error
 
@@ -149,6 +152,12 @@ class RuntimeDir:
         return instance
 
 
+def _about(path: Path, error: Exception) -> str:
+    """Return which file it is and what is wrong with it; an OSError names the file itself."""
+    why = reason(error)
+    return why if why.startswith(f"{path}: ") else f"{path}: {why}"
+
+
 def _left_worker(path: Path) -> LeftWorker | None:
     """Return who holds the lock of a core, if anyone does."""
     core = path.stem.removeprefix("worker-")
@@ -170,7 +179,7 @@ def _left_worker(path: Path) -> LeftWorker | None:
                     return None
                 time.sleep(OWNER_PAUSE_SECONDS)
     except OSError as error:
-        log.warning("%s is left alone: %s", path, reason(error))
+        log.warning("a lock file is left alone: %s", _about(path, error))
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from tests.running import RunningService
 from tests.service.memory_disks import nbdsh, ram
 
 Start = Callable[..., RunningService]
+DEEP = b"[" * 100_000
+NESTED = hashlib.sha256(DEEP).hexdigest().encode() + b"\n" + DEEP
 UUID = "6c55a2ac-b0a4-4d3e-bdf5-9d9c2f1a8a51"
 
 
@@ -194,8 +197,10 @@ def test_a_worker_without_controller_ends_on_sigterm_and_one_with_does_not(
     [
         (b"", "torn"),
         (b"\xff" * 10_000, "torn"),
+        (NESTED, "recursion"),
         (None, "it is not a regular file"),
     ],
+    ids=["empty", "torn", "nested", "folder"],
 )
 def test_a_damaged_state_is_refused_and_nothing_is_touched(
     service: Start, tmp_path: Path, content: bytes | None, problem: str
@@ -214,6 +219,7 @@ def test_a_damaged_state_is_refused_and_nothing_is_touched(
     assert refused.process.wait(60) == 1
     assert f"saved state {state}: " in refused.log
     assert problem in refused.log
+    assert refused.log.count(str(state)) == 1
     assert "Traceback" not in refused.log
     assert lives(worker)
     nbdsh(tmp_path, "a", "assert h.pread(4096, 0) == b'd' * 4096")
