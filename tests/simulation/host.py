@@ -143,6 +143,7 @@ class Host:
         storage = self.store.find(spec)
         if storage is None or not storage.hung:
             return False
-        if not any(tags.disk(device.tag) == spec.name for device in self.driver.configured()):
+        devices = [device for device in self.driver.configured() if not device.disconnected]
+        if not any(tags.disk(device.tag) == spec.name for device in devices):
             self.causes.strike(spec.name, "did not answer start")  # nobody waits for longer
         return True

@@ -291,7 +291,8 @@ class Scenario:
             return
         self.world.note("%s hangs", storage)
         storage.hung = True
-        awaited = [d for d in self.host.driver.configured() if d.dead_timeout == 600]
+        devices = self.host.driver.configured()
+        awaited = [d for d in devices if d.dead_timeout == 600 and not d.disconnected]
         # Longer than a disk's timeout it must not be: that is documented to cost data.
         least, most = (0.5, 3) if storage in self._impatient() else (0.5, 15)
         among = storage in [device.storage for device in awaited]
