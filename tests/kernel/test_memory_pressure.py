@@ -144,8 +144,9 @@ def test_swap_on_a_device_whose_worker_dies(service: Start) -> None:
     assert "tmpfs" in run("stat", "--file-system", "--format=%T", str(running.log_path))
     with swapping(running):
         worker.kill()
-    (status,) = running.rpc("reactor_get_workers")
-    assert (status["pid"], status["restarts"]) == (spare, 1)
+    # Not that it is there still: on a slow machine it may get no memory for ten seconds, and be taken
+    # for hung. Then there is another spare.
+    running.await_line(f"worker core 0 runs (pid {spare})")
 
 
 def test_a_worker_that_does_not_read_leaves_the_kernel_its_reserve(service: Start) -> None:

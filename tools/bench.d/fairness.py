@@ -20,6 +20,9 @@ NEIGHBOURS: Final[Mapping[str, Mapping[int, list[str]]]] = {
     "a writer, 128 x 128 KiB": {1: ["--reads=0", "--depth=128", "--bytes=131072"]},
     "8 writers, 32 x 4 KiB": {disk: ["--reads=0", "--depth=32"] for disk in range(1, 9)},
     "a writer, 128 x 4 KiB, mostly to new memory": {EMPTY_DISK: ["--reads=0", "--depth=128"]},
+    "a reader, 32 x 1 MiB, where mostly nothing was written": {
+        EMPTY_DISK: ["--depth=32", f"--bytes={1 << 20}"]
+    },
 }
 SETTLING: Final = 0.2  # of the time, before and after, when only the neighbours are busy
 
