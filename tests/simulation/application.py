@@ -52,8 +52,9 @@ class Ledger:
     def forget(self) -> None:
         """Expect nothing: the data are gone, as was asked for, or may be."""
         for block in range(BLOCKS):
-            value = self.acknowledged.pop(block, 0)
+            value, flushed = self.acknowledged.pop(block, 0), self.flushed.pop(block, 0)
             self.left[block].update((0, value))
+            self._unflushed[block].add(flushed)  # should it be there still, a crash may show it
 
     def lose_unflushed(self) -> None:
         """Expect what was flushed, or what was written since: the host has crashed."""

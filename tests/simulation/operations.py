@@ -256,7 +256,9 @@ class Operator:
         status = self._service.controller.disk(subject.name)
         if status is None or status.device is None:
             return
-
+        paths = [disk.device for disk in self._service.controller.disks()]
+        if paths.count(status.device) > 1:  # one has lost it and does not know yet
+            return
         at_rest = status.state == "online"  # else the device may be on its way to come or go
 
         def detached() -> None:
