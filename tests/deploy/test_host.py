@@ -29,6 +29,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         monkeypatch.setattr(module, name.upper(), tmp_path / name)
     monkeypatch.setattr(module, "INSTANCE", tmp_path / "instance")
     monkeypatch.setattr(module, "CONFIG", tmp_path / "disks.yaml")
+    monkeypatch.setattr(module, "FSTAB", tmp_path / "fstab")
+    monkeypatch.setattr(module, "PYTHON", Path(sys.executable))
     monkeypatch.setattr(module, "TAKEN", tmp_path / "taken.json")
     (tmp_path / "instance").write_text("0123abcd\n")
     return module
@@ -95,6 +97,35 @@ def test_a_device_is_used_by_mounts_swap_and_processes_of_whatever_namespace(
     host.CONFIG.write_text("disks:\n  data:\n    backend: malloc\n")
     assert host.used('["data"]') == []
     assert len(host.used('["other"]')) == 3
+    assert host.users("/dev/nbd1p2") == ["/dev/nbd1 is held open by 13 (dd)"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("disks:\n  data: {backend: malloc}\n", {"data"}),
+        ("disks: {data: {backend: malloc}}\n", {"data"}),
+        ('{"disks": {"data": {"backend": "malloc"}}}', {"data"}),
+        ("disks:\n  ? data\n  : backend: malloc\n  7: {backend: malloc}\n", {"data", "7"}),
+        ("defaults:\n  data: 1\ndisks:\n", set()),
+        ("disks: {data: {", {"data", "late", "7"}),  # it cannot be told
+        ("[]", {"data", "late", "7"}),
+    ],
+)
+def test_disks_of_the_config_are_known_however_it_is_written(
+    host: ModuleType, text: str, named: set[str]
+) -> None:
+    host.CONFIG.write_text(text)
+    assert host.configured({"data", "late", "7"}) == named
+
+
+def test_names_that_fstab_has_are_used(host: ModuleType) -> None:
+    host.FSTAB.write_text(
+        "# /dev/disk/by-nbd/old /srv/old ext4\n/dev/sda1 / ext4\n\n"
+        "/dev/disk/by-nbd/data  /srv/data  ext4  _netdev,nofail  0  2\n"
+    )
+    assert host.used() == [f"{host.FSTAB} has /dev/disk/by-nbd/data for /srv/data"]
+    assert host.used("[]") == []
 
 
 def test_files_and_links_are_placed_once(host: ModuleType, tmp_path: Path) -> None:

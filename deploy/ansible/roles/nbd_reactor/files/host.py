@@ -5,6 +5,7 @@ host.py place PREFIX COPIES LINKS MODE  [path, ...] that it changed, or with MOD
 host.py untaken FILES                   files that are not as the service took them: [path, ...]
 host.py taken FILES                     notes that the service took them as they are: null
 host.py used [KEPT]                     what uses devices of the service: [line, ...]
+host.py users DEVICE                    what uses one device: [line, ...]
 host.py releases                        what runs: {release: [process, ...]}
 host.py old CURRENT KEPT                releases that can go: [path, ...]
 
@@ -28,11 +29,18 @@ from pathlib import Path
 
 BLOCK = Path("/sys/block")
 CONFIG = Path("/etc/nbd-reactor/disks.yaml")
+FSTAB = Path("/etc/fstab")
+NAMES = Path("/dev/disk/by-nbd")
+PARSER = """\
+import json, sys, yaml
+print(json.dumps(list(yaml.load(sys.stdin, yaml.BaseLoader)["disks"])))
+"""
 PROC = Path("/proc")
 INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
 TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to digest
 UNIT = "/nbd-reactor.service"
 HIDDEN = ("/home/", "/root/", "/run/user/")
+PYTHON = Path("/opt/nbd-reactor/current/bin/python")  # has the module yaml, as the host's may not
 RELEASES = Path("/opt/nbd-reactor/releases")
 RELEASE = re.compile(rb" /opt/nbd-reactor/releases/([^/\n]+)/")
 
@@ -127,21 +135,43 @@ def digest(path: Path) -> str | None:
 
 
 def used(kept: str = "") -> list[str]:
-    """Return a line for every use of a device that the service has attached.
+    """Return a line for every use of a device that the service has attached, and of its names.
 
     Of those `kept`, and of what the config does not name, such as disks made at run time, it is not
-    asked; nor, then, of devices by ioctl, which do not say whose they are.
+    asked; nor, then, of devices by ioctl, which do not say whose they are, nor of names.
     """
     names = [path.name for path in BLOCK.glob("nbd*")]
-    ours = [name for name in names if is_attached(name) and is_ours(name)]
-    if kept:
-        gone = configured() - {*json.loads(kept)}
-        ours = [name for name in ours if owner(name).rpartition(":")[2] in gone]
+    disks = {name: disk(name) for name in names if is_attached(name) and is_ours(name)}
+    if not kept:
+        return [*uses(*disks), *promises()]
+    gone = {*disks.values()} - {"", *json.loads(kept)}
+    if gone:
+        gone = configured(gone)
+    return uses(*(name for name in disks if disks[name] in gone))
+
+
+def users(device: str) -> list[str]:
+    """Return a line for every use of a device, or of the whole of a partition."""
+    return uses(re.sub(r"p\d+$", "", Path(device).resolve().name))
+
+
+def uses(*names: str) -> list[str]:
+    """Return a line for every use of the devices."""
     opened = openers()
     return [
         line
-        for name in ours
+        for name in names
         for line in (*mounts(name), *swaps(name), *holders(name), *opened.get(name, ()))
+    ]
+
+
+def promises() -> list[str]:
+    """Return what the next boot would mount or swap to."""
+    lines = (line.split() for line in read(FSTAB).decode(errors="replace").splitlines())
+    return [
+        f"{FSTAB} has {words[0]}{f' for {words[1]}' if len(words) > 1 else ''}"
+        for words in lines
+        if words and words[0].startswith(f"{NAMES}/")
     ]
 
 
@@ -193,10 +223,21 @@ def owner(name: str) -> str:
     return read(BLOCK / name / "backend").decode(errors="replace").strip()
 
 
-def configured() -> set[str]:
-    """Return what may be the names of disks in the config, as the role writes it."""
-    keys = re.findall(r"^\s+[\"']?([A-Za-z0-9._-]+)[\"']?:", read(CONFIG).decode(), re.MULTILINE)
-    return set(keys)
+def disk(name: str) -> str:
+    """Return the name of the disk on a device of ours; nothing of one attached by ioctl."""
+    return owner(name).rpartition(":")[2]
+
+
+def configured(disks: set[str]) -> set[str]:
+    """Return which of the disks the config has; all of them when that cannot be told."""
+    if not CONFIG.exists():
+        return set()
+    command = [str(PYTHON), "-c", PARSER]
+    try:
+        done = subprocess.run(command, input=read(CONFIG), capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return disks
+    return disks & {*json.loads(done.stdout)}
 
 
 def mounts(name: str) -> list[str]:
@@ -269,6 +310,7 @@ if __name__ == "__main__":
         "untaken": untaken,
         "taken": taken,
         "used": used,
+        "users": users,
         "releases": releases,
         "old": old,
     }
