@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,12 +74,33 @@ def test_a_disk_is_installed_and_carries_a_file_system_through_a_reboot(
 ) -> None:
     disk = ("-e", "add_disk_name=data", "-e", f"add_disk_at={MOUNT}")
     assert changes(operator.play("add_disk", *disk)) > 0
+    machine.run("sed -i s/_netdev/noatime,_netdev/ /etc/fstab")
     assert changes(operator.play("add_disk", *disk)) == 0
+    assert "noatime" in machine.run("grep by-nbd/data /etc/fstab")  # the operator's line stays
     machine.run(f"echo kept >{MOUNT}/file && sync")
     machine.reboot()
     assert machine.run(f"findmnt -no FSTYPE,SOURCE {MOUNT}").split() == ["ext4", "/dev/nbd0"]
     assert machine.run(f"cat {MOUNT}/file") == "kept"
     assert machine.run("nbd-reactor --version; man -w nbd-reactor") != ""
+
+
+@LONG
+def test_a_file_system_is_mounted_as_what_it_is_and_nothing_else_is(
+    operator: Operator, machine: Machine
+) -> None:
+    only_add = ("--skip-tags", "nbd_reactor_install,nbd_reactor_disks")
+    disk = ("-e", "add_disk_name=raw", "-e", "add_disk_at=/srv/raw", *only_add)
+    machine.run("mkswap -q /dev/disk/by-nbd/raw")
+    before = machine.run("cat /etc/fstab")
+    assert "but TYPE=swap" in operator.play("add_disk", *disk, fails=True)
+    assert machine.run("cat /etc/fstab") == before
+    machine.run("wipefs -qa /dev/disk/by-nbd/raw && mkfs.ext2 -q /dev/disk/by-nbd/raw")
+    operator.play("add_disk", *disk)
+    assert machine.run("findmnt -no FSTYPE /srv/raw; findmnt --fstab -no FSTYPE /srv/raw") == (
+        "ext2\next2"
+    )
+    machine.run("umount /srv/raw && rmdir /srv/raw && wipefs -qa /dev/disk/by-nbd/raw")
+    machine.run("sed -i '/by-nbd.raw/d' /etc/fstab && systemctl daemon-reload")
 
 
 @LONG
@@ -97,12 +119,20 @@ def test_bad_disks_are_refused_before_anything_changes(
 @LONG
 def test_what_the_service_did_not_take_is_made_up_for(operator: Operator, machine: Machine) -> None:
     disks = {**DISKS, "late": {"backend": "malloc", "size": "4MiB", "device": "auto"}}
-    machine.run("mv /run/nbd-reactor/rpc.sock /run/nbd-reactor/hidden.sock")
-    operator.play("install", fails=True, nbd_reactor_disks=disks)
-    machine.run("mv /run/nbd-reactor/hidden.sock /run/nbd-reactor/rpc.sock")
-    assert changes(operator.play("install", nbd_reactor_disks=disks)) > 0
+    changed: dict[str, Any] = {
+        "nbd_reactor_disks": disks,
+        "nbd_reactor_options": ["--cores=0-1", "--log-level=debug"],  # so that it is restarted
+    }
+    program = "/opt/nbd-reactor/current/bin/nbd-reactorctl"
+    machine.run(f"mv {program} {program}.real")
+    machine.write(program, "#!/bin/sh\necho disk data stays as it was >&2\nexit 1\n")
+    machine.run(f"chmod +x {program}")
+    said = operator.play("install", fails=True, **changed)
+    assert "run this again. disk data stays as it was" in said
+    machine.run(f"mv {program}.real {program}")
+    assert changes(operator.play("install", **changed)) > 0
     machine.await_success("test -e /dev/disk/by-nbd/late")
-    assert changes(operator.play("install", nbd_reactor_disks=disks)) == 0
+    assert changes(operator.play("install", **changed)) == 0
     operator.play("install")
 
 
@@ -166,7 +196,9 @@ def test_upgrade_and_way_back_under_load(operator: Operator, machine: Machine, l
 def test_removal_is_refused_in_use_and_leaves_nothing(
     operator: Operator, machine: Machine, bare: str
 ) -> None:
-    assert f"mounted at {MOUNT}" in operator.play("uninstall", fails=True)
+    said = operator.play("uninstall", fails=True)
+    assert f"mounted at {MOUNT}" in said
+    assert f"/etc/fstab has /dev/disk/by-nbd/data for {MOUNT}" in said
     machine.run(f"umount {MOUNT}; sed -i /by-nbd/d /etc/fstab; rmdir {MOUNT}")
     machine.run("systemctl daemon-reload")
     operator.play("uninstall", nbd_reactor_remove_images=True)
