@@ -80,6 +80,7 @@ def test_the_collection_holds_the_role_and_the_playbooks(tmp_path: Path) -> None
     names_wanted = {str(path.relative_to(COLLECTION)) for path in wanted} | {"CHANGELOG.md"}
     assert not names_wanted - names
     assert not [name for name in names if name.endswith((".pyc", ".retry"))]
+    assert not [name for name in names if name.startswith(("inventory", "playbooks/results"))]
     run("ansible-galaxy", "collection", "install", "--offline", package, home=tmp_path)
     installed = run(
         *("ansible-doc", "--type", "role", "nbd_reactor.nbd_reactor.nbd_reactor"), home=tmp_path
