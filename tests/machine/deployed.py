@@ -24,7 +24,8 @@ def deploy(machine: Machine, folder: Path) -> None:
         f"python3 -m venv --without-pip {RELEASE} && "
         f"PYTHONPATH=$(echo /usr/share/python-wheels/pip-*.whl) {RELEASE}/bin/python -m pip"
         " install --quiet --no-index --find-links /root/wheels --no-compile nbd-reactor && "
-        "ln -s releases/0-test /opt/nbd-reactor/current && rm -r /root/wheels",
+        "ln -s releases/0-test /opt/nbd-reactor/current && rm -r /root/wheels && "
+        "cp -rs /opt/nbd-reactor/current/share/{bash-completion,fish,man,zsh} /usr/local/share/",
         timeout=300,
     )
     systemd = ROOT / "deploy/systemd"
