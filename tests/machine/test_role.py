@@ -134,6 +134,7 @@ def test_what_the_service_did_not_take_is_made_up_for(operator: Operator, machin
     machine.await_success("test -e /dev/disk/by-nbd/late")
     assert changes(operator.play("install", **changed)) == 0
     operator.play("install")
+    machine.await_success("! test -e /dev/disk/by-nbd/late")
 
 
 @LONG
