@@ -144,8 +144,8 @@ def test_swap_on_a_device_whose_worker_dies(service: Start) -> None:
     assert "tmpfs" in run("stat", "--file-system", "--format=%T", str(running.log_path))
     with swapping(running):
         worker.kill()
-    # Not that it is there still: on a slow machine it may get no memory for ten seconds, and be taken
-    # for hung. Then there is another spare.
+    # It need not be there still: on a slow machine it may get no memory for ten seconds, and be
+    # taken for hung. Then there is another spare.
     running.await_line(f"worker core 0 runs (pid {spare})")
 
 
