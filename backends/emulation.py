@@ -80,6 +80,12 @@ class EmulationChannel(Channel):
         for steps in ready:
             steps.go_on()
 
+    def abandon(self, owner: Owner) -> None:
+        self.base.abandon(owner)
+
+    def rest(self) -> None:
+        self.base.rest()
+
     def close(self) -> None:
         self.base.close()
 

@@ -139,7 +139,8 @@ class FileChannel(Channel):
     def kick(self) -> None:
         """Answer what was read, and let those who were refused try again.
 
-        In order, or a large request would starve.
+        Whoever finds no buffer, or no place in the queue, stays first, or a large request would
+        starve.
         """
         ready, self._ready = self._ready, []
         for request, owner, buffer in ready:
@@ -148,14 +149,17 @@ class FileChannel(Channel):
         while self._waiting:
             owner = self._waiting.popleft()
             self._resuming = True
-            owner.resume()
-            self._resuming = False
+            try:
+                owner.resume()
+            finally:
+                self._resuming = False
+            if self._room <= 0 and self._waiting:  # it had its part of the turn, and waits last
+                self._reactor.mark_kick(self)
+                return
             if owner in self._waiting:
                 self._waiting.remove(owner)
                 self._waiting.appendleft(owner)
-                if self._room <= 0:
-                    self._reactor.mark_kick(self)
-                return
+                break
         SHARING.discard(self)
 
     def look(self) -> None:
@@ -216,15 +220,13 @@ class FileChannel(Channel):
     def _read_pooled(self, request: Request, owner: Owner, flags: int) -> None:
         """Read into a pooled buffer, as much as `flags` (RWF_*) allow, and the rest by the engine.
 
-        What is there at once is answered by `kick`, within this turn: its buffer is only lent.
+        What is there at once is answered by the next `kick`: its buffer is only lent.
         """
         length = request[LENGTH]
         if self._room <= 0:
             SHARING.add(self)
             raise self.refuse(owner)
         buffer = self._buffer(length, owner)
-        self._room -= length
-        self._reactor.mark_kick(self)
         try:
             done = os.preadv(self._fd, (buffer.view[:length],), request[OFFSET], flags)
         except BlockingIOError:
@@ -233,6 +235,9 @@ class FileChannel(Channel):
             buffer.release()
             self._file.suspect()
             raise
+        if done:
+            self._room -= done
+            self._reactor.mark_kick(self)
         if done == length:
             self._ready.append((request, owner, buffer))
         else:

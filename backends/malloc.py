@@ -73,7 +73,7 @@ class MallocChannel(Channel):
         while self._long and room > 0:
             room -= self._do_step(room)
         if self._waiting:
-            self._room = TURN_BYTES // len(SHARING)
+            self._room = TURN_BYTES // max(1, len(SHARING))
         while self._waiting and self._room > 0:
             self._waiting.popleft().resume()
         if not self._waiting:
@@ -93,6 +93,8 @@ class MallocChannel(Channel):
         SHARING.discard(self)
 
     def abandon(self, owner: Owner) -> None:
+        if owner in self._waiting:
+            self._waiting.remove(owner)
         long, self._long = self._long, deque()
         for request, other, begin in long:
             if other is owner:

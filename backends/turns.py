@@ -6,6 +6,7 @@ from typing import Final
 
 from backends.api import Channel
 
-TURN_BYTES: Final = 4 << 20  # copied, made or cleared, about: a millisecond
-#: The channels of this worker that share a turn: their owners wait for the next.
+#: Copied, made or cleared for a disk, about: a millisecond. Those whose owners wait share it.
+TURN_BYTES: Final = 4 << 20
+#: The channels of this worker whose owners wait for the next turn.
 SHARING: Final[set[Channel]] = set()

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import resource
+from functools import cache
 from logging import DEBUG
 from pathlib import Path
 from typing import Final
@@ -87,5 +88,6 @@ def give_back_heap() -> None:
         _libc().malloc_trim(0)
 
 
+@cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)

@@ -12,7 +12,8 @@ IDLE_NS: Final = 50_000_000  # of work in that time: then nobody minds a long se
 YOUNG: Final = 1  # the generations up to this
 LATEST: Final = 120  # searches for young garbage; then comes a long one, whatever there is to do
 YOUNG_MAX: Final = 10_000  # objects; to look at so many takes 0.1 ms
-REST: Final = 1000  # times as long as a search took none begins
+REST: Final = 1000  # times as long as a search took none begins ...
+REST_SECONDS: Final = 600.0  # ... but no longer
 
 
 def collect_by_timer(reactor: Reactor) -> None:
@@ -42,6 +43,7 @@ def collect_by_timer(reactor: Reactor) -> None:
         elif gc.get_count()[0] <= YOUNG_MAX:
             gc.collect(YOUNG)
         took = (reactor.clock() - began) / 1e9
-        reactor.call_later(max(COLLECT_SECONDS, REST * took), collect)
+        rest = min(REST * took, REST_SECONDS)
+        reactor.call_later(max(COLLECT_SECONDS, rest), collect)
 
     reactor.call_later(COLLECT_SECONDS, collect)

@@ -74,6 +74,7 @@ class Reception:
         name = served.spec.name
         if name in self._again:
             self._again.pop(name).cancel()
+            self._on_unheard(name, "")
         if name in self._spreads:
             self._spreads.pop(name).close()
         self._disks.pop(name, None)
@@ -136,9 +137,15 @@ class Reception:
         handed = self._handed.get(address.target)
         if not handed:
             raise OSError(errno.ENOENT, f"systemd handed over no socket called {address.target}")
-        return [
-            Listener(self._reactor, address, self._on_client, sock=sock.dup()) for sock in handed
-        ]
+        opened: list[Listener] = []
+        try:
+            for sock in handed:
+                listener = Listener(self._reactor, address, self._on_client, sock=sock.dup())
+                opened.append(listener)
+        except BaseException:
+            close_all(opened)
+            raise
+        return opened
 
     def _on_client(self, sock: socket.socket, export: Export, trailing: bytes) -> None:
         served = self._disks.get(export.name)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 
-from backends.api import Buffer, Channel, Disk, Request, SimpleChannel
+from backends.api import Buffer, Channel, Disk, Owner, Request, SimpleChannel
 from backends.emulation import WRITE_BYTES, EmulationChannel, open_channel
 from reactor.loop import Reactor
 from reactor.protocol.export import Export
@@ -257,14 +258,24 @@ def test_plain_requests_pass_with_their_own_owner(serve: Serve) -> None:
     pump.receive(16 + 512)
 
 
-def test_closing_closes_the_base() -> None:
-    closed: list[str] = []
+def test_what_is_no_request_is_passed_to_the_base() -> None:
+    called: list[object] = []
 
     class Base(HeldChannel):
+        def abandon(self, owner: Owner) -> None:
+            called.append(owner)
+
+        def rest(self) -> None:
+            called.append("rest")
+
         def close(self) -> None:
-            closed.append("base")
+            called.append("close")
 
     reactor = Reactor()
-    EmulationChannel(Base(BareDisk()), reactor).close()
+    channel = EmulationChannel(Base(BareDisk()), reactor)
+    owner = cast("Owner", object())
+    channel.abandon(owner)
+    channel.rest()
+    channel.close()
     reactor.close()
-    assert closed == ["base"]
+    assert called == [owner, "rest", "close"]

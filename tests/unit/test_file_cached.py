@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from backends.api import Busy, Channel
 from backends.filechannel import POOLED_MIN
 from backends.turns import SHARING, TURN_BYTES
 from reactor.protocol.wire import NBD_CMD_FLAG_FUA, NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_WRITE
@@ -64,6 +66,53 @@ def test_what_large_reads_copy_in_a_turn_is_bounded(
         assert client.answers(8 * (16 + MIB))[16 : 16 + MIB] == data
         client.end()
     assert not SHARING
+
+
+class Reader:
+    """Reads the begin of a disk so many times, whenever the channel has room."""
+
+    def __init__(self, channel: Channel, count: int, length: int) -> None:
+        self.left = count
+        self.done = 0
+        self._channel = channel
+        self._length = length
+
+    def resume(self) -> None:
+        with suppress(Busy):
+            while self.left:
+                read = (NBD_CMD_READ, 0, 0, 0, self._length, None)
+                assert self._channel.submit(read, self) is None
+                self.left -= 1
+
+    def complete(self, *result: Any) -> None:
+        _request, error, _data, buffer = result
+        assert not error
+        buffer.release()
+        self.done += 1
+
+
+def test_who_reads_much_and_who_reads_little_take_turns(disk: Opened) -> None:
+    greedy, modest = Reader(disk.channel, 64, MIB), Reader(disk.channel, 8, POOLED_MIN)
+    greedy.resume()
+    modest.resume()
+    assert (greedy.left, modest.left) == (60, 8)
+    for _ in range(3):  # greedy's, modest's, and one in which that is answered
+        disk.reactor.turn()
+    assert modest.done == 8
+    assert greedy.left >= 48
+    while greedy.done < 64:
+        disk.reactor.turn()
+
+
+def test_what_is_not_cached_takes_no_room_of_the_turn(disk: Opened) -> None:
+    with disk.path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    reader = Reader(disk.channel, 32, MIB)
+    reader.resume()
+    assert reader.left == 0
+    while reader.done < 32:
+        disk.reactor.turn()
 
 
 def test_a_disk_at_rest_keeps_no_buffers(disk: Opened) -> None:

@@ -139,3 +139,16 @@ def test_reads_of_what_was_never_written_leave_turns_to_others(
         assert reactor.turn()
         assert 0 < before - reader.left <= TURN_BYTES // MIB
     channel.close()
+
+
+def test_a_reader_that_leaves_while_it_waits_is_not_waited_for(
+    disks: Make, reactor: Reactor, caplog: pytest.LogCaptureFixture
+) -> None:
+    channel = disks(1000).channel(reactor)
+    reader = Reader(channel, 64)
+    reader.resume()
+    channel.abandon(reader)
+    channel.close()
+    reactor.turn()
+    assert reader.left
+    assert not caplog.records
