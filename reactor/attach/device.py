@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import re
+import threading
 from collections.abc import Sequence
 from socket import socket
 from typing import Final
 
+from reactor import background
 from reactor.attach import ioctl, netlink, occupants, sysfs
+from reactor.attach.apart import apart
 from reactor.attach.block import Attachment, Device
 from reactor.errors import DeviceError
 from reactor.spec import AttachWay
 
 __all__ = ["Device", "adopt", "attach", "claims", "held"]
+
+LOOK_SECONDS: Final = 0.2  # the controller's loop waits: an open of a device can hang
 
 _PATH: Final = re.compile(r"/dev/nbd(0|[1-9][0-9]{0,5})")
 
@@ -62,10 +69,38 @@ def adopt(tag: str, *, patient: bool = False) -> Device | None:
 
 
 def claims(path: str) -> list[str]:
-    """Return what stands on a device: mounts, swap, other devices."""
+    """Return what stands on a device, in words: mounts, swap, other devices.
+
+    In whatever mount namespace, and by whatever name, as the kernel itself is asked. When it does
+    not say in time, somebody may.
+    """
     index = _index(path)
     assert index is not None
-    return occupants.claims(path, index)
+    found = occupants.claims(path, index)
+    return found or (["somebody"] if _is_claimed(path) else [])
+
+
+def _is_claimed(path: str) -> bool:
+    outcome = errno.EBUSY
+    ended = threading.Event()
+
+    def look() -> None:
+        nonlocal outcome
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+            outcome = 0
+        except OSError as error:
+            outcome = error.errno or errno.EIO
+
+    def look_apart() -> None:
+        with contextlib.suppress(OSError):
+            apart(look)
+        ended.set()
+
+    with contextlib.suppress(OSError):  # no memory for a thread
+        background.start(look_apart)
+        ended.wait(LOOK_SECONDS)
+    return outcome == errno.EBUSY
 
 
 def held(prefix: str) -> list[str]:

@@ -10,15 +10,16 @@ from socket import socket
 from typing import Final
 
 from backends import registry
+from reactor.control.configured import Configured
 from reactor.control.disk import DiskControl
+from reactor.control.holders import holder
 from reactor.control.host import Host
 from reactor.control.leftovers import LeftDevices
 from reactor.control.notify import notify, notify_reloading
-from reactor.control.obstacles import obstacle
 from reactor.control.plan import Machine, Placement, place, place_all
 from reactor.control.platform import Platform
 from reactor.control.readiness import tell_ready
-from reactor.control.saved import SavedState, Wish, reconfigured, wishes_at_start
+from reactor.control.saved import SavedState, Wish, wishes_at_start
 from reactor.control.saving import Saving
 from reactor.control.service import DiskStatus, Done, WorkerStatus
 from reactor.control.tags import tag
@@ -60,8 +61,7 @@ class Controller:
         self._machine = Machine(options.cores, platform.cpus, registry.can_share)
         self._handed = handed
         self._disks: dict[str, DiskControl] = {}
-        self._configured: dict[str, DiskSpec] = {}  # as the config gave them
-        self._successors: dict[str, DiskSpec] = {}  # made when the disk of that name is gone
+        self._configured = Configured(platform, self._disks)
         self._saving = Saving(platform, self._save)
         self._took_over = False  # what a dead controller left
         self._suspects: tuple[int, ...] = ()  # cores whose workers may have any disk
@@ -73,7 +73,7 @@ class Controller:
             self._saving.soon,
             self._on_settled,
             self._may_attach,
-            self._is_succeeded,
+            self._configured.is_succeeded,
         )
         self._left_devices = LeftDevices(platform, self._step_waiting)
         self._bus = platform.connect(self._on_event)
@@ -96,8 +96,8 @@ class Controller:
             wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
         except OSError as error:
             raise UsageError(reason(error)) from error
-        self._configured = now
-        self._successors = {name: now[name] for name in saved.successors if name in now}
+        self._configured.specs = before
+        self._configured.successors = {name: now[name] for name in saved.successors if name in now}
         known = {wish.spec.name for wish in saved.wishes}
         leaving = tuple(self._workforce.leaving)
         if not saved.complete and (survivors := self._workforce.survivors):
@@ -112,6 +112,7 @@ class Controller:
             if name in known:
                 self._add(wish, known=True)
             else:  # a worker that leaves may still listen on its addresses
+                self._configured.note(name, wish.spec)
                 self._add(replace(wish, former=leaving))
             # With one connection and no timeout a request may take any time.
             patient = wish.spec.connections == 1 and not wish.spec.timeout
@@ -121,12 +122,7 @@ class Controller:
         self._save()
         self._left_devices.detach([disk.spec for disk in self._disks.values() if disk.path])
         self._workforce.begin()
-        for name, disk in list(self._disks.items()):
-            spec, was = now.get(name), before.get(name)
-            if spec is None and was is not None:
-                disk.want("gone")
-            elif spec not in (None, was) and disk.spec != reconfigured(disk.spec, was, spec):
-                self._change(disk, spec, was)
+        self._configured.resume(now)
         self._tick()
 
     def close(self) -> None:
@@ -186,7 +182,7 @@ class Controller:
     def stop(self, name: str, done: Done) -> None:
         """Drain and stop a disk; it stays known."""
         disk = self._named(name, done)
-        if disk is not None and name in self._successors:
+        if disk is not None and name in self._configured.successors:
             done(OSError(errno.EBUSY, f"disk {name} is being replaced by its new config"))
         elif disk is not None:
             disk.want("stopped", self._when_saved(done))
@@ -195,7 +191,7 @@ class Controller:
         """Hot-remove a disk and forget it."""
         disk = self._named(name, done)
         if disk is not None:
-            self._successors.pop(name, None)
+            self._configured.successors.pop(name, None)
             disk.want("gone", self._when_saved(done), hot=True)
 
     def resize(self, name: str, size: int, done: Done) -> None:
@@ -249,40 +245,14 @@ class Controller:
             return
         self._reloading = True
         notify_reloading()
-        before, self._configured = self._configured, wanted
-        for name in [name for name in before if name not in wanted and name in self._disks]:
-            self._successors.pop(name, None)
-            self._disks[name].want("gone")
-        for name, spec in wanted.items():
-            disk = self._disks.get(name)
-            if disk is None:
-                disk = self._add(Wish(spec, places[name]))
-                self._save()
-                disk.step()
-                continue
-            disk.obstacle = ""
-            if spec != before.get(name) or disk.desired == "gone":
-                self._change(disk, spec, before.get(name))
-            elif disk.state == "failed":  # one whose storage was removed waits for `start`
-                disk.want("online")
-        problems = "; ".join(disk.obstacle for disk in self._disks.values() if disk.obstacle)
+        problems = self._configured.become(wanted, lambda spec: self._begin(spec, places))
         done(OSError(errno.EBUSY, problems) if problems else None)
         self._on_settled(None)
 
-    def _change(self, disk: DiskControl, spec: DiskSpec, before: DiskSpec | None) -> None:
-        """Make `disk` what `spec` says, in place or by a new one, unless its device is in use."""
-        disk.obstacle = obstacle(self._platform, disk, spec)
-        if disk.obstacle:
-            log.error("%s", disk.obstacle)
-            self._configured = {**self._configured, spec.name: before or disk.spec}
-        elif disk.desired == "gone" or not disk.change(spec):
-            log.info("disk %s is stopped, and made anew as the config says now", spec.name)
-            self._successors[spec.name] = spec
-            disk.want("gone")
-
-    def _is_succeeded(self, disk: DiskControl) -> bool:
-        successor = self._successors.get(disk.spec.name)
-        return successor is not None and successor.same_storage(disk.spec)
+    def _begin(self, spec: DiskSpec, places: Mapping[str, Placement]) -> None:
+        disk = self._add(Wish(spec, places[spec.name]))
+        self._save()
+        disk.step()
 
     def shut_down(self, *, keep: bool = False) -> None:
         """Stop in order, with `keep` as for --on-exit keep; a second time, by force."""
@@ -295,7 +265,7 @@ class Controller:
         if not self.keeps:  # memory goes with the disks, and so may this process before its end
             self._saving.save(self._state().let_go())
         self._stopping = True
-        self._successors.clear()
+        self._configured.successors.clear()
         self.reactor.call_later(STOP_SECONDS, self._force)
         for disk in list(self._disks.values()):
             disk.keep_device = self.keeps
@@ -364,7 +334,7 @@ class Controller:
                 self.reactor.call_from_thread(disk.step)
 
     def _succeed(self, disk: DiskControl) -> None:
-        spec = self._successors.pop(disk.spec.name, None)
+        spec = self._configured.successors.pop(disk.spec.name, None)
         try:
             if spec is not None:
                 wish = Wish(spec, place(spec, self._placed(), self._machine))
@@ -460,7 +430,7 @@ class Controller:
 
     def _state(self) -> SavedState:
         wishes = tuple(disk.wish for disk in self._disks.values())
-        return SavedState(wishes, dict(self._successors), self._configured)
+        return SavedState(wishes, dict(self._configured.successors), self._configured.specs)
 
     def _when_saved(self, done: Done) -> Done:
         """Return a `done` that tells no success that the next controller would not know of."""
@@ -484,11 +454,7 @@ class Controller:
             )
 
     def _holder(self, device: str | None) -> str | None:
-        disks = self._disks.values()
-        # One that is letting go of it comes last: another may have it already.
-        on_it = sorted((d for d in disks if d.path == device), key=lambda d: d.leaves_device)
-        meant_for_it = (disk for disk in disks if disk.spec.device == device != "auto")
-        return next((disk.spec.name for disk in (*on_it, *meant_for_it)), None)
+        return holder(device, self._disks.values())
 
     def _named(self, name: str, done: Done) -> DiskControl | None:
         disk = self._disks.get(name)

@@ -109,10 +109,9 @@ class DiskControl:
                 "disk %s keeps its %d bytes: a reload does not cut a disk, `resize` does",
                 *(self.spec.name, shown),
             )
+        self.want("online")
         if other_size and size >= shown:
             self.resize(size, self._report_resize)
-        else:
-            self.want("online")
         return True
 
     def can_become(self, spec: DiskSpec) -> bool:

@@ -321,6 +321,8 @@ class Shares:
         if command in ("stop", "release") or (command == "resize" and self._follows(share)):
             # Whatever it still does to the disk must end before the disk can go on without it.
             share.worker.kill(f"it cannot {command} disk {self._disk}: {reason(error)}")
+        elif command == "start" and share.opened and not self._follows(share):
+            share.listen, share.unheard = self.listen, reason(error)
         elif command == "start" and self.opened:
             self._give_up(share, error)
         elif command == "start":
@@ -398,6 +400,8 @@ class Shares:
             worker.kill(why)
         elif kind == "resize":
             self._on_refused(DeviceError(errno.ETIMEDOUT, why))
+        elif share.opened:  # it serves on, but for its clients; it is told again
+            log.warning("disk %s: %s", self._disk, why)
         else:
             share.opened = True  # it may yet do so: have it stopped
             self._on_failed(DeviceError(errno.ETIMEDOUT, why))

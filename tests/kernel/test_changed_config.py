@@ -137,10 +137,32 @@ def swapped_to(_at: Path) -> Iterator[None]:
         run("swapoff", "/dev/nbd0")
 
 
+@contextmanager
+def mounted_by_another_name(at: Path) -> Iterator[None]:
+    """As by mount(2): what is in /proc/mounts then is a link."""
+    at.mkdir(exist_ok=True)
+    run("mkfs.ext4", "-q", "/dev/nbd0")
+    link = at.with_name("link")
+    link.symlink_to("/dev/nbd0")
+    run("busybox", "mount", "-t", "ext4", str(link), str(at))
+    try:
+        yield
+    finally:
+        run("umount", str(at))
+        link.unlink()
+
+
 Use = Callable[[Path], AbstractContextManager[None]]
 
 
-@pytest.mark.parametrize(("use", "what"), [(mounted, "the mount {}"), (swapped_to, "the swap")])
+@pytest.mark.parametrize(
+    ("use", "what"),
+    [
+        (mounted, "the mount {}"),
+        (mounted_by_another_name, "somebody"),
+        (swapped_to, "the swap"),
+    ],
+)
 def test_a_device_in_use_is_not_taken_from_its_users(
     service: Start, tmp_path: Path, use: Use, what: str
 ) -> None:
@@ -186,3 +208,17 @@ def test_other_addresses_leave_a_device_alone(service: Start, tmp_path: Path) ->
         device.write(b"e" * 4096)
         os.fsync(device)
     assert "has a new socket" not in running.log
+
+
+def test_a_refusal_makes_no_disk_the_config_s(service: Start, tmp_path: Path) -> None:
+    """One that was made at run time is refused what a config says of it, and stays without one."""
+    running = service("disks: {}\n")
+    ctl(running.runtime_dir, "start", "x", "backend=malloc", "size=16MiB", "device=/dev/nbd0")
+    with mounted(tmp_path / "mount"):
+        running.config_path.write_text(disk("malloc", size="16MiB", readonly=True))
+        assert "stays as it was" in running.rpc_raw("reactor_reload")["error"]["message"]
+        running.config_path.write_text("disks: {}\n")
+        running.rpc("reactor_reload")
+        assert running.rpc("reactor_get_disks", name="x")[0]["state"] == "online"
+        (tmp_path / "mount/file").write_bytes(b"m" * LENGTH)
+        os.sync()

@@ -16,6 +16,6 @@ def ram(tmp_path: Path, *names: str, more: str = "") -> str:
     return f"disks:\n{lines}"
 
 
-def nbdsh(tmp_path: Path, name: str, script: str) -> str:
-    """Run a script of libnbd's shell on the disk `name`."""
-    return commands.nbdsh(f"nbd+unix:///{name}?socket={tmp_path}/{name}.sock", script)
+def nbdsh(tmp_path: Path, name: str, script: str, *, on: str = "") -> str:
+    """Run a script of libnbd's shell on the disk `name`, at the socket `on` or of its own name."""
+    return commands.nbdsh(f"nbd+unix:///{name}?socket={tmp_path}/{on or name}.sock", script)

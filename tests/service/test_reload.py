@@ -141,3 +141,72 @@ def test_the_last_of_several_sizes_counts(service: Start, tmp_path: Path) -> Non
         running.config_path.write_text(ram(tmp_path, "a").replace("8MiB", size))
         running.rpc("reactor_reload")
     running.await_true(lambda: running.rpc("reactor_get_disks", name="a")[0]["size"] == 64 * MIB)
+
+
+def test_another_address_is_taken_in_place(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    nbdsh(tmp_path, "a", "h.pwrite(b'k' * 4096, 0)")
+    wrong, right = tmp_path / "none" / "a.sock", tmp_path / "other.sock"
+    config = running.config_path.read_text()
+    running.config_path.write_text(config.replace(f"{tmp_path}/a.sock", str(wrong)))
+    running.rpc("reactor_reload")
+    running.await_true(lambda: "served without clients" in shown(running, "a"))
+    running.config_path.write_text(
+        config.replace(f"{tmp_path}/a.sock", str(right)).replace("8MiB", "16MiB")
+    )
+    running.rpc("reactor_reload")
+    running.await_true(right.exists)
+    running.await_true(lambda: running.rpc("reactor_get_disks", name="a")[0]["size"] == 16 * MIB)
+    running.await_true(lambda: shown(running, "a") == "")
+    nbdsh(tmp_path, "a", "assert h.pread(4096, 0) == b'k' * 4096", on="other")
+    assert "made anew" not in running.log
+
+
+def shown(running: RunningService, name: str) -> str:
+    reason: str = running.rpc("reactor_get_disks", name=name)[0]["reason"]
+    return reason
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_an_address_that_another_disk_has_is_shared_by_one_worker(
+    service: Start, tmp_path: Path
+) -> None:
+    running = service(ram(tmp_path, "a", "b"), cores=cores_of_two())
+    nbdsh(tmp_path, "b", "h.pwrite(b'k' * 4096, 0)")
+    config = running.config_path.read_text()
+    running.config_path.write_text(config.replace("b.sock", "a.sock"))
+    running.rpc("reactor_reload")
+
+    def together() -> bool:
+        disks = running.rpc("reactor_get_disks")
+        return {disk["state"] for disk in disks} == {"online"} and len(
+            {disk["core"] for disk in disks}
+        ) == 1
+
+    running.await_true(together)
+    nbdsh(tmp_path, "b", "assert h.pread(4096, 0) == b'k' * 4096", on="a")
+
+
+def cores_of_two() -> str:
+    return ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+
+
+def test_a_reload_whose_controller_dies_is_made_up_for(service: Start, tmp_path: Path) -> None:
+    names = [f"d{number}" for number in range(60)]
+    running = service(ram(tmp_path, *names))
+    config = running.config_path.read_text()
+    running.config_path.write_text(config.replace("8MiB", "8MiB, readonly: true"))
+    running.process.send_signal(signal.SIGHUP)
+    running.await_line("is stopped, and made anew")
+    running.process.kill()
+    running.process.wait()
+    again = service(
+        running.config_path.read_text(), runtime_dir=running.runtime_dir, await_ready=False
+    )
+    again.await_line("ready: 60 of 60")
+    again.await_true(
+        lambda: all(
+            disk["readonly"] and disk["state"] == "online"
+            for disk in again.rpc("reactor_get_disks")
+        )
+    )

@@ -1,0 +1,97 @@
+"""Becoming what the config says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from reactor.control.disk import DiskControl
+from reactor.control.obstacles import fits, obstacle
+from reactor.control.platform import Platform
+from reactor.control.saved import reconfigured
+from reactor.log import logger
+from reactor.spec import DiskSpec
+
+log = logger(__name__)
+
+
+class Configured:
+    """What the config says, as far as it is done or begun, and what takes the place of some disks.
+
+    It goes on disk by disk, to be saved together with what is done: what a controller that dies
+    has not begun, the next finds undone. So is what a disk cannot become while it is in use.
+    """
+
+    def __init__(self, platform: Platform, disks: Mapping[str, DiskControl]) -> None:
+        self.specs: Mapping[str, DiskSpec] = {}
+        self.successors: dict[str, DiskSpec] = {}
+        self._platform = platform
+        self._disks = disks
+
+    def note(self, name: str, spec: DiskSpec | None) -> None:
+        """Note what the config says of a disk, now that it is begun."""
+        others = {other: spec for other, spec in self.specs.items() if other != name}
+        self.specs = others if spec is None else {**others, name: spec}
+
+    def resume(self, now: Mapping[str, DiskSpec]) -> None:
+        """Have the disks that an earlier controller left become what the config says now."""
+        before = self.specs
+        for name, disk in list(self._disks.items()):
+            spec, was = now.get(name), before.get(name)
+            if spec is None and was is not None:
+                self._let_go(name)
+            elif spec in (None, was):
+                continue
+            elif disk.spec == reconfigured(disk.spec, was, spec):
+                self.note(name, spec)
+            else:
+                self._change(disk, spec)
+
+    def become(self, now: Mapping[str, DiskSpec], begin: Callable[[DiskSpec], None]) -> str:
+        """Have all disks become what the config says now; `begin` makes those that are new.
+
+        Returns what cannot be, for the operator: it is tried again when the config is read again.
+        """
+        before = self.specs
+        for disk in self._disks.values():
+            disk.obstacle = ""
+        for name in before.keys() - now.keys():
+            self._let_go(name)
+        for name, spec in now.items():
+            known = self._disks.get(name)
+            if known is None:
+                self.note(name, spec)
+                begin(spec)
+            elif spec != before.get(name) or known.desired == "gone":
+                self._change(known, spec)
+            elif known.state == "failed":  # one whose storage was removed waits for `start`
+                known.want("online")
+        return "; ".join(disk.obstacle for disk in self._disks.values() if disk.obstacle)
+
+    def is_succeeded(self, disk: DiskControl) -> bool:
+        """Whether another disk takes over the storage of one that goes."""
+        successor = self.successors.get(disk.spec.name)
+        return successor is not None and successor.same_storage(disk.spec)
+
+    def _let_go(self, name: str) -> None:
+        self.note(name, None)
+        self.successors.pop(name, None)
+        if name in self._disks:
+            self._disks[name].want("gone")
+
+    def _change(self, disk: DiskControl, spec: DiskSpec) -> None:
+        """Make `disk` what `spec` says, in place or by a new one, unless its device is in use."""
+        name, wanted, before = spec.name, spec, self.specs.get(spec.name)
+        if before is not None and spec.device == before.device:  # it may have another by now
+            wanted = spec.with_device(disk.spec.device)
+        in_place = fits(disk, wanted, self._disks.values())
+        disk.obstacle = obstacle(self._platform, disk, wanted, in_place=in_place)
+        if disk.obstacle:
+            log.error("%s", disk.obstacle)
+            return
+        self.note(name, spec)
+        if disk.desired == "gone" or not in_place:
+            log.info("disk %s is stopped, and made anew as the config says now", name)
+            self.successors[name] = wanted
+            disk.want("gone")
+        else:
+            disk.change(wanted)

@@ -1,0 +1,15 @@
+"""Which disk has a device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from reactor.control.disk import DiskControl
+
+
+def holder(device: str | None, disks: Collection[DiskControl]) -> str | None:
+    """Return the name of the disk that is on `device`, or is meant for it."""
+    # One that is letting go of it comes last: another may have it already.
+    on_it = sorted((d for d in disks if d.path == device), key=lambda d: d.leaves_device)
+    meant_for_it = (d for d in disks if d.spec.device == device != "auto")
+    return next((disk.spec.name for disk in (*on_it, *meant_for_it)), None)
