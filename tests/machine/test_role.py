@@ -118,22 +118,22 @@ def test_bad_disks_are_refused_before_anything_changes(
 
 @LONG
 def test_what_the_service_did_not_take_is_made_up_for(operator: Operator, machine: Machine) -> None:
-    disks = {**DISKS, "late": {"backend": "malloc", "size": "4MiB", "device": "auto"}}
+    late = {"backend": "malloc", "size": "4MiB", "device": "auto"}
+    disks = {**DISKS, "data": {**DISKS["data"], "direct": True}, "late": late}
     changed: dict[str, Any] = {
         "nbd_reactor_disks": disks,
         "nbd_reactor_options": ["--cores=0-1", "--log-level=debug"],  # so that it is restarted
     }
-    program = "/opt/nbd-reactor/current/bin/nbd-reactorctl"
-    machine.run(f"mv {program} {program}.real")
-    machine.write(program, "#!/bin/sh\necho disk data stays as it was >&2\nexit 1\n")
-    machine.run(f"chmod +x {program}")
-    said = operator.play("install", fails=True, **changed)
-    assert "run this again. disk data stays as it was" in said
-    machine.run(f"mv {program}.real {program}")
-    assert changes(operator.play("install", **changed)) > 0
+    mounted = machine.run("systemctl show -P InvocationID srv-data.mount")
+    assert "disk data stays as it was" in operator.play("install", fails=True, **changed)
     machine.await_success("test -e /dev/disk/by-nbd/late")
+    assert machine.run("systemctl show -P InvocationID srv-data.mount") == mounted
+    assert machine.run(f"echo 1 >/proc/sys/vm/drop_caches; cat {MOUNT}/file") == "kept"
+    machine.run(f"umount {MOUNT}")
+    assert changes(operator.play("install", **changed)) > 0
     assert changes(operator.play("install", **changed)) == 0
     operator.play("install")
+    machine.run(f"mountpoint -q {MOUNT} || mount {MOUNT}")
     machine.await_success("! test -e /dev/disk/by-nbd/late")
 
 
