@@ -188,7 +188,7 @@ class Shares:
         `least`: bytes that its storage must have; 0: it may be made. `within` so many seconds.
         """
         core, *members = self.cores
-        running = [share for share in self.closed if share.worker.state == "running"]
+        running = [share for share in self.closed if share.worker.takes_disks]
         if not running:
             return
         # Who is to lead waits until the one that did listens no more. Else those that hang wait.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from socket import socket
 from typing import Any, Final, Literal, TypeAlias
 
@@ -26,6 +27,7 @@ STEADY_SECONDS: Final = 60.0  # a worker that lived so long starts its back-off 
 BOOT_FAILURE: Final = 3  # exit status: starting again will not help
 SHORTAGE: Final = 4  # exit status: of something that there may be later
 SHORTAGE_SECONDS: Final = 1.0
+HANDOVER_SECONDS: Final = 0.02
 
 State: TypeAlias = Literal["starting", "running", "waiting", "failed"]
 
@@ -69,6 +71,7 @@ class WorkerProcess:
         self._aborted = self._killed = False
         self.is_blocked = False  # a medium that it waits for was reported
         self._respawn: Timer | None = None
+        self._unsent: list[tuple[str, Sequence[socket]]] = []  # what of systemd it has yet to get
         self.is_outdated = False  # it serves on until it is replaced
         self._leaving = False  # it finishes what it does and ends
         self._stopping = False
@@ -210,12 +213,27 @@ class WorkerProcess:
         self._platform.hand_over(self.core, kind, socks, **fields)
 
     def hand_listeners(self, listeners: Mapping[str, Sequence[socket]]) -> None:
-        """Send systemd's sockets, by name."""
-        for name, socks in listeners.items():
+        """Send systemd's sockets, by name. No disk is opened before it has them."""
+        self._unsent = list(listeners.items())
+        self._send_listeners(self._process)
+
+    @property
+    def takes_disks(self) -> bool:
+        """Whether it runs, and has all that a disk may need of it."""
+        return self.state == "running" and not self._unsent
+
+    def _send_listeners(self, process: Process | None) -> None:
+        while self._unsent and self._process is process:
+            name, socks = self._unsent[0]
             try:
                 self.hand_over("listener", socks, name=name)
+            except BlockingIOError:  # the queue of a socket is short (net.unix.max_dgram_qlen)
+                again = partial(self._send_listeners, process)
+                self._reactor.call_later(HANDOVER_SECONDS, again)
+                return
             except OSError as error:
                 log.error("socket %s of systemd is not handed over: %s", name, reason(error))
+            del self._unsent[0]
 
     def look_after(self) -> None:
         """End a worker that does not start or hangs; called every second."""

@@ -30,6 +30,7 @@ from reactor.spec import DiskSpec
 HEARTBEAT_SECONDS: Final = 1.0
 IDLE_HEARTBEAT_SECONDS: Final = 2.0  # the controller waits for five
 HANDOVERS_PER_TURN: Final = 16
+HANDOVERS_MAX: Final = 1024  # that are taken before a disk listens
 # A worker that was killed leaves I/O behind, which holds its files and devices a while longer: the
 # kernel lets go of an io_uring when its last operation ends, not when its process does. And what
 # the host lacks now there may be soon.
@@ -155,7 +156,7 @@ class Worker:
         if inquiry != self._inquiry:
             return  # a later one came
         if all(served.quiet for served in self._disks.values()):
-            self._take_descriptors(0)  # a connection may have been sent before
+            self._take_waiting(HANDOVERS_MAX)  # a connection may have been sent before
             self._say_hello(inquiry)
             self._inquiry = 0
         else:
@@ -251,7 +252,7 @@ class Worker:
 
     def _listen(self, served: ServedDisk, message: Message) -> None:
         """Listen for clients; what was open before is served without them, if need be."""
-        self._take_descriptors(0)  # the controller sent systemd's sockets before
+        self._take_waiting(HANDOVERS_MAX)  # the controller sent systemd's sockets before
         self._reception.listen(served, must=not message["least"])
 
     def _forget_retries(self) -> None:
@@ -281,7 +282,7 @@ class Worker:
         def released() -> None:
             self._bus.send("released", id=message["id"], disk=message["disk"])
 
-        self._take_descriptors(0)  # a connection may have been sent before
+        self._take_waiting(HANDOVERS_MAX)  # a connection may have been sent before
         served = self._disks.get(message["disk"])
         if served is None:
             released()
@@ -369,17 +370,20 @@ class Worker:
     # --- descriptors from the controller ---
 
     def _take_descriptors(self, _events: int) -> bool:
-        for _ in range(HANDOVERS_PER_TURN):
+        self._take_waiting(HANDOVERS_PER_TURN)
+        return True
+
+    def _take_waiting(self, most: int) -> None:
+        for _ in range(most):
             try:
                 header, fds, flags, _ = socket.recv_fds(self._descriptors, RECEIVE_BYTES, 16)
             except BlockingIOError:
-                return True
+                return
             except OSError as error:
                 log.error("taking descriptors: %s", reason(error))
-                return True
+                return
             cut_short = bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
             self._take_handover(header, fds, cut_short=cut_short)
-        return True
 
     def _take_handover(self, header: bytes, fds: list[int], *, cut_short: bool) -> None:
         socks: list[socket.socket] = []

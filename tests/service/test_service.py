@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -395,6 +396,38 @@ os.execv(sys.executable, [sys.executable, '-m', 'reactor', '--cores', '0', '--ru
             process.terminate()
             assert process.wait(30) == 0
     assert path.exists(), "systemd's socket is not ours to remove"
+
+
+def test_many_sockets_of_systemd_are_there_before_a_disk(tmp_path: Path) -> None:
+    """More than the queue of a socket takes at once."""
+    config = tmp_path / "activated.yaml"
+    config.write_text("disks: {a: {backend: malloc, size: 8MiB, listen: 'systemd:n399'}}")
+    count = 400
+    code = f"""
+import os, sys
+for number in range({count}):
+    os.dup2(500 + number, 3 + number, inheritable=True)
+names = ':'.join(f'n{{number}}' for number in range({count}))
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='{count}', LISTEN_FDNAMES=names)
+os.execv(sys.executable, [sys.executable, '-m', 'reactor', '--cores', '0', '--strict',
+         '--runtime-dir', '{tmp_path}/run', '--config', {str(config)!r}])
+"""
+    with ExitStack() as stack:
+        fds = range(500, 500 + count)
+        for number, fd in enumerate(fds):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(f"{tmp_path}/s{number}")
+                sock.listen()
+                os.dup2(sock.fileno(), fd)
+            stack.callback(os.close, fd)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], pass_fds=fds, stdin=subprocess.DEVNULL
+        )
+        try:
+            run("nbdinfo", "--size", f"nbd+unix:///a?socket={tmp_path}/s399")
+        finally:
+            process.terminate()
+            assert process.wait(30) == 0
 
 
 # --- no kernel driver ---
