@@ -100,7 +100,7 @@ def _is_claimed(path: str) -> bool:
     with contextlib.suppress(OSError):  # no memory for a thread
         background.start(look_apart)
         ended.wait(LOOK_SECONDS)
-    return outcome == errno.EBUSY
+    return outcome not in (0, errno.ENOENT, errno.ENXIO, errno.ENODEV)
 
 
 def held(prefix: str) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from reactor.control.disk import DiskControl
-from reactor.control.obstacles import fits, obstacle
+from reactor.control.obstacles import obstacle
+from reactor.control.plan import Placement
 from reactor.control.platform import Platform
 from reactor.control.saved import reconfigured
 from reactor.log import logger
@@ -24,6 +25,8 @@ class Configured:
     def __init__(self, platform: Platform, disks: Mapping[str, DiskControl]) -> None:
         self.specs: Mapping[str, DiskSpec] = {}
         self.successors: dict[str, DiskSpec] = {}
+        self.places: Mapping[str, Placement] = {}  # of all disks, once they are as it says
+        self._growing: dict[str, DiskSpec] = {}  # what it says of disks whose size is on its way
         self._platform = platform
         self._disks = disks
 
@@ -35,23 +38,30 @@ class Configured:
     def resume(self, now: Mapping[str, DiskSpec]) -> None:
         """Have the disks that an earlier controller left become what the config says now."""
         before = self.specs
+        for name in before.keys() - now.keys():
+            self._let_go(name)
         for name, disk in list(self._disks.items()):
             spec, was = now.get(name), before.get(name)
-            if spec is None and was is not None:
-                self._let_go(name)
-            elif spec in (None, was):
+            if spec in (None, was) and not self._is_misplaced(disk):
                 continue
-            elif disk.spec == reconfigured(disk.spec, was, spec):
+            spec = spec or disk.spec
+            stays = disk.desired != "gone" and not self._is_misplaced(disk)
+            if stays and disk.spec == reconfigured(disk.spec, was, spec):
                 self.note(name, spec)
             else:
                 self._change(disk, spec)
 
-    def become(self, now: Mapping[str, DiskSpec], begin: Callable[[DiskSpec], None]) -> str:
+    def become(
+        self,
+        now: Mapping[str, DiskSpec],
+        places: Mapping[str, Placement],
+        begin: Callable[[DiskSpec], None],
+    ) -> str:
         """Have all disks become what the config says now; `begin` makes those that are new.
 
         Returns what cannot be, for the operator: it is tried again when the config is read again.
         """
-        before = self.specs
+        before, self.places = self.specs, places
         for disk in self._disks.values():
             disk.obstacle = ""
         for name in before.keys() - now.keys():
@@ -61,11 +71,22 @@ class Configured:
             if known is None:
                 self.note(name, spec)
                 begin(spec)
-            elif spec != before.get(name) or known.desired == "gone":
+            elif spec != before.get(name) or known.desired == "gone" or self._is_misplaced(known):
                 self._change(known, spec)
-            elif known.state == "failed":  # one whose storage was removed waits for `start`
-                known.want("online")
+            elif known.state == "failed" and known.desired == "online":
+                known.want("online")  # but one whose storage was removed waits for `start`
         return "; ".join(disk.obstacle for disk in self._disks.values() if disk.obstacle)
+
+    def grown(self, disk: DiskControl) -> None:
+        """Note that a disk has the size that the config says."""
+        spec = self._growing.pop(disk.spec.name, None)
+        if spec is not None:
+            self.note(spec.name, spec)
+
+    def removed(self, disk: DiskControl) -> None:
+        """Note that a disk goes, whatever the config said of it."""
+        self.grown(disk)
+        self.successors.pop(disk.spec.name, None)
 
     def is_succeeded(self, disk: DiskControl) -> bool:
         """Whether another disk takes over the storage of one that goes."""
@@ -75,6 +96,7 @@ class Configured:
     def _let_go(self, name: str) -> None:
         self.note(name, None)
         self.successors.pop(name, None)
+        self._growing.pop(name, None)
         if name in self._disks:
             self._disks[name].want("gone")
 
@@ -83,15 +105,23 @@ class Configured:
         name, wanted, before = spec.name, spec, self.specs.get(spec.name)
         if before is not None and spec.device == before.device:  # it may have another by now
             wanted = spec.with_device(disk.spec.device)
-        in_place = fits(disk, wanted, self._disks.values())
+        in_place = disk.can_become(wanted) and not self._is_misplaced(disk)
         disk.obstacle = obstacle(self._platform, disk, wanted, in_place=in_place)
         if disk.obstacle:
             log.error("%s", disk.obstacle)
-            return
-        self.note(name, spec)
-        if disk.desired == "gone" or not in_place:
+        elif disk.desired == "gone" or not in_place:
             log.info("disk %s is stopped, and made anew as the config says now", name)
+            self.note(name, spec)
             self.successors[name] = wanted
             disk.want("gone")
         else:
+            # A size is noted when it is there.
+            self._growing[name] = spec
+            self.note(name, spec.with_size(disk.spec.options.get("size", 0)))
+            if wanted.options.get("size", 0) <= disk.spec.options.get("size", 0):
+                self.grown(disk)
             disk.change(wanted)
+
+    def _is_misplaced(self, disk: DiskControl) -> bool:
+        """Whether it must go to another worker, as that of a disk with one of its addresses."""
+        return self.places.get(disk.spec.name, disk.placement) != disk.placement

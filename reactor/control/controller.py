@@ -12,14 +12,14 @@ from typing import Final
 from backends import registry
 from reactor.control.configured import Configured
 from reactor.control.disk import DiskControl
-from reactor.control.holders import holder
+from reactor.control.holders import holder, may_listen
 from reactor.control.host import Host
 from reactor.control.leftovers import LeftDevices
 from reactor.control.notify import notify, notify_reloading
-from reactor.control.plan import Machine, Placement, place, place_all
+from reactor.control.plan import Machine, Placement, fitting, place, place_all
 from reactor.control.platform import Platform
 from reactor.control.readiness import tell_ready
-from reactor.control.saved import SavedState, Wish, wishes_at_start
+from reactor.control.saved import SavedState, Wish, leaves, planned, wishes_at_start
 from reactor.control.saving import Saving
 from reactor.control.service import DiskStatus, Done, WorkerStatus
 from reactor.control.tags import tag
@@ -72,6 +72,8 @@ class Controller:
             self._save,
             self._saving.soon,
             self._on_settled,
+            self._configured.grown,
+            lambda disk: may_listen(disk, self._disks.values()),
             self._may_attach,
             self._configured.is_succeeded,
         )
@@ -94,10 +96,18 @@ class Controller:
         now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
         try:
             wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
+            staying = [wish for wish in wishes if not leaves(wish, before, now)]
+            placed = [(wish.spec, wish.placement) for wish in staying]
+            wanted = planned(now, before, {wish.spec.name: wish.spec for wish in wishes})
+            wanted = [fitting(spec, self._machine) for spec in wanted]
+            places = place_all(wanted, placed, self._machine)
         except OSError as error:
             raise UsageError(reason(error)) from error
-        self._configured.specs = before
-        self._configured.successors = {name: now[name] for name in saved.successors if name in now}
+        self._configured.specs, self._configured.places = before, places
+        for name, spec in saved.successors.items():
+            if name in now:  # one that was changed at run time stays so
+                unchanged = now[name] == before.get(name)
+                self._configured.successors[name] = spec if unchanged else now[name]
         known = {wish.spec.name for wish in saved.wishes}
         leaving = tuple(self._workforce.leaving)
         if not saved.complete and (survivors := self._workforce.survivors):
@@ -191,13 +201,14 @@ class Controller:
         """Hot-remove a disk and forget it."""
         disk = self._named(name, done)
         if disk is not None:
-            self._configured.successors.pop(name, None)
+            self._configured.removed(disk)
             disk.want("gone", self._when_saved(done), hot=True)
 
     def resize(self, name: str, size: int, done: Done) -> None:
         """Change a disk's size and tell the kernel."""
         disk = self._named(name, done)
         if disk is not None:
+            self._configured.grown(disk)  # or a size that the config has would come back
             disk.resize(size, self._when_saved(done))
 
     def attach(
@@ -239,18 +250,22 @@ class Controller:
             if specs is None:
                 raise UsageError("the service was started without --config: nothing to reload")
             wanted = {spec.name: spec for spec in specs}
-            places = place_all(specs, self._placed(), self._machine)
+            configured = self._configured.specs
+            staying = (d for d in self._disks.values() if not leaves(d.wish, configured, wanted))
+            placed = [(disk.spec, disk.placement) for disk in staying]
+            running = {name: disk.spec for name, disk in self._disks.items()}
+            places = place_all(planned(wanted, configured, running), placed, self._machine)
         except (ReactorError, OSError) as error:
             done(error)
             return
         self._reloading = True
         notify_reloading()
-        problems = self._configured.become(wanted, lambda spec: self._begin(spec, places))
+        problems = self._configured.become(wanted, places, self._begin)
         done(OSError(errno.EBUSY, problems) if problems else None)
         self._on_settled(None)
 
-    def _begin(self, spec: DiskSpec, places: Mapping[str, Placement]) -> None:
-        disk = self._add(Wish(spec, places[spec.name]))
+    def _begin(self, spec: DiskSpec) -> None:
+        disk = self._add(Wish(spec, self._configured.places[spec.name]))
         self._save()
         disk.step()
 
@@ -335,15 +350,11 @@ class Controller:
 
     def _succeed(self, disk: DiskControl) -> None:
         spec = self._configured.successors.pop(disk.spec.name, None)
-        try:
-            if spec is not None:
-                wish = Wish(spec, place(spec, self._placed(), self._machine))
-                same = spec.same_storage(disk.spec)
-                wish = replace(wish, made=disk.wish.made if same else 0)
-                self._add(wish, known=same and disk.has_storage)
-        except OSError as error:
-            log.error("%s", reason(error))
-            disk.discard()
+        if spec is not None:
+            wish = Wish(spec, self._configured.places[spec.name])
+            same = spec.same_storage(disk.spec)
+            wish = replace(wish, made=disk.wish.made if same else 0)
+            self._add(wish, known=same and disk.has_storage)
         self._save()
         if spec is not None and spec.name in self._disks:
             self._disks[spec.name].step()

@@ -95,10 +95,8 @@ class DiskControl:
         self._hot = self._hot or hot
         self._again(done, desired)
 
-    def change(self, spec: DiskSpec) -> bool:
-        """Become `spec` in place, if that can be done; else nothing happens: False."""
-        if not self.can_become(spec):
-            return False
+    def change(self, spec: DiskSpec) -> None:
+        """Become `spec`, which it `can_become`, in place."""
         size, shown = spec.options.get("size", 0), self._shares.geometry.size
         other_size = size != self.spec.options.get("size", 0)
         self._configured = spec
@@ -112,7 +110,6 @@ class DiskControl:
         self.want("online")
         if other_size and size >= shown:
             self.resize(size, self._report_resize)
-        return True
 
     def can_become(self, spec: DiskSpec) -> bool:
         """Whether only its device, its listeners or its size differ."""
@@ -143,6 +140,8 @@ class DiskControl:
             self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, self._change_again)
         elif error is not None:
             log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
+        else:
+            self._host.on_grown(self)
 
     def _change_again(self) -> None:
         if self._rising():
@@ -189,6 +188,11 @@ class DiskControl:
     def leaves_device(self) -> bool:
         """Whether it is about to let go of its device."""
         return not self._rising() or self.spec.device not in ("auto", self.path)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it is on its way down."""
+        return self.state == "stopping"
 
     @property
     def online(self) -> bool:
@@ -303,10 +307,10 @@ class DiskControl:
             else:
                 self._shares.kill_silent()
             return
-        if self._rising():
-            self._rise()
-        else:
+        if not self._rising():
             self._fall()
+        elif self._shares.opened or self._host.may_open(self):
+            self._rise()
         if self._errand.busy():
             self.settled = False
 

@@ -1,8 +1,8 @@
-"""Which disk has a device."""
+"""Which disk has a device, or an address."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from reactor.control.disk import DiskControl
 
@@ -13,3 +13,11 @@ def holder(device: str | None, disks: Collection[DiskControl]) -> str | None:
     on_it = sorted((d for d in disks if d.path == device), key=lambda d: d.leaves_device)
     meant_for_it = (d for d in disks if d.spec.device == device != "auto")
     return next((disk.spec.name for disk in (*on_it, *meant_for_it)), None)
+
+
+def may_listen(disk: DiskControl, disks: Iterable[DiskControl]) -> bool:
+    """Whether no other disk has an address of `disk` that it is about to let go."""
+    wanted = {*disk.spec.listen}
+    return not any(
+        other is not disk and other.is_leaving and wanted & {*other.spec.listen} for other in disks
+    )

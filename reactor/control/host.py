@@ -20,5 +20,7 @@ class Host:
     save: Callable[[], None]  # keep what the disks should be, before anything is done for it
     save_soon: Callable[[Callable[[], None]], None]  # ... with others; and what goes on then
     on_settled: Callable[[DiskControl], None]  # a disk is what it should be, or failed
+    on_grown: Callable[[DiskControl], None]  # a disk has the size that its config asked for
+    may_open: Callable[[DiskControl], bool]  # no other disk must let go of its addresses first
     may_attach: Callable[[DiskControl], bool]  # no other disk goes first
     is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage

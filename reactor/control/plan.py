@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 from reactor.spec import DiskSpec
@@ -58,29 +58,99 @@ def place(
             f"disk {spec.name}: {'; '.join(shared.values())}"
             + (f"; core {spec.core} was asked for" if spec.core is not None else ""),
         )
-    connections = min(spec.connections, machine.cpus)  # more would carry nothing
-    spread = connections > 1 and machine.can_share(spec.backend)
-    near = [core for core in cores if core < connections] if spread else []
-    owner = wanted.pop() if wanted else min(near or cores, key=lambda core: (load[core], core))
-    return Placement(
-        owner, _spread(owner, connections, cores) if spread else (owner,) * connections
-    )
+    owner = wanted.pop() if wanted else _least_loaded(spec, load, machine)
+    return _owned(spec, owner, machine)
+
+
+def fitting(spec: DiskSpec, machine: Machine) -> DiskSpec:
+    """Return `spec` without the core that it names if there is no worker on it."""
+    return spec if spec.core in (None, *machine.cores) else replace(spec, core=None)
 
 
 def place_all(
-    specs: Sequence[DiskSpec], placed: Iterable[tuple[DiskSpec, Placement]], machine: Machine
+    specs: Sequence[DiskSpec], placed: Collection[tuple[DiskSpec, Placement]], machine: Machine
 ) -> dict[str, Placement]:
-    """Return the place of every disk; those of that name that are `placed` stay.
+    """Return the places of all disks as `specs` want them, beside others that are `placed`.
 
-    Those that name a core come first, so that the others fill up.
+    Those of `specs` that are placed stay where they are, unless their `core`, or that of a disk
+    with one of their addresses, is another. Disks that are bound to a core come first, so that the
+    others fill up. Raises OSError EINVAL when these contradict each other.
     """
-    known = list(placed)
-    places = {spec.name: placement for spec, placement in known}
-    for spec in sorted(specs, key=lambda spec: spec.core is None):
-        if spec.name not in places:
-            places[spec.name] = place(spec, known, machine)
-            known.append((spec, places[spec.name]))
+    named = {spec.name for spec in specs}
+    stay = {spec.name: placement for spec, placement in placed}
+    fixed = [(spec, placement) for spec, placement in placed if spec.name not in named]
+    places = {spec.name: placement for spec, placement in fixed}
+    load: Counter[int] = Counter()
+    for placement in places.values():
+        load.update(placement.cores)
+    free: list[list[DiskSpec]] = []
+
+    def settle(group: Sequence[DiskSpec], owner: int) -> None:
+        for spec in group:
+            place = _owned(spec, owner, machine)
+            places[spec.name] = place
+            load.update(place.cores)
+
+    for group in _groups(specs):
+        owner = _bound_to(group, fixed, stay, machine)
+        if owner is None:
+            free.append(group)
+        else:
+            settle(group, owner)
+    for group in free:
+        settle(group, _least_loaded(group[0], load, machine))
     return places
+
+
+def _bound_to(
+    group: Sequence[DiskSpec],
+    fixed: Iterable[tuple[DiskSpec, Placement]],
+    stay: Mapping[str, Placement],
+    machine: Machine,
+) -> int | None:
+    """Return the core for disks that must have one and the same, None if any will do."""
+    why: dict[int, str] = {}
+    for spec in group:
+        if spec.core is not None:
+            if spec.core not in machine.cores:
+                raise OSError(errno.EINVAL, f"disk {spec.name}: no worker runs on core {spec.core}")
+            why[spec.core] = f"disk {spec.name} is to be on core {spec.core}"
+        for other, placement in fixed:
+            for address in set(spec.listen) & set(other.listen):
+                core = placement.core
+                why[core] = f"{address} is served by core {core} for disk {other.name}"
+    if len(why) > 1:
+        names = ", ".join(spec.name for spec in group)
+        told = "; ".join(why.values())
+        raise OSError(errno.EINVAL, f"disk {names}: a shared address has one worker, but {told}")
+    places = (stay[spec.name].core for spec in group if spec.name in stay)
+    cores = [*why, *(core for core in places if core in machine.cores)]
+    return cores[0] if cores else None
+
+
+def _groups(specs: Sequence[DiskSpec]) -> list[list[DiskSpec]]:
+    """Return the disks by those that have an address in common, also through others."""
+    groups: list[list[DiskSpec]] = []
+    for spec in specs:
+        tied = [g for g in groups if any({*spec.listen} & {*other.listen} for other in g)]
+        groups = [group for group in groups if group not in tied]
+        groups.append([*(other for group in tied for other in group), spec])
+    return groups
+
+
+def _least_loaded(spec: DiskSpec, load: Mapping[int, int], machine: Machine) -> int:
+    connections = min(spec.connections, machine.cpus)
+    spread = connections > 1 and machine.can_share(spec.backend)
+    near = [core for core in machine.cores if core < connections] if spread else []
+    return min(near or machine.cores, key=lambda core: (load.get(core, 0), core))
+
+
+def _owned(spec: DiskSpec, owner: int, machine: Machine) -> Placement:
+    connections = min(spec.connections, machine.cpus)  # more would carry nothing
+    spread = connections > 1 and machine.can_share(spec.backend)
+    return Placement(
+        owner, _spread(owner, connections, machine.cores) if spread else (owner,) * connections
+    )
 
 
 def _spread(owner: int, connections: int, cores: Sequence[int]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias
 
-from reactor.control.plan import Machine, Placement, place_all
+from reactor.control.plan import Machine, Placement, fitting, place_all
 from reactor.errors import ReactorError
 from reactor.spec import DiskSpec
 
@@ -133,15 +133,49 @@ def wishes_at_start(
     among those saved was removed at run time: only another config brings it back. Raises OSError
     when the disks cannot be placed.
     """
-    wishes = [_renewed(wish, saved, now, serving, machine) for wish in saved.wishes]
-    known = {wish.spec.name for wish in wishes}
+    known = {wish.spec.name for wish in saved.wishes}
     new = [
         spec
         for name, spec in now.items()
         if name not in known and spec != saved.configured.get(name)
     ]
-    stay = [(wish.spec, wish.placement) for wish in wishes if _fits(wish, machine)]
-    places = place_all([*(wish.spec for wish in wishes), *new], stay, machine)
+    renewed = [_renewed(wish, saved, now, serving, machine) for wish in saved.wishes]
+    try:
+        return _placed_at_start(renewed, new, saved, now, machine)
+    except OSError:  # what lives contradicts it: it is changed in order then
+        wishes = [replace(wish, spec=fitting(wish.spec, machine)) for wish in saved.wishes]
+        return _placed_at_start(wishes, new, saved, now, machine)
+
+
+def leaves(wish: Wish, configured: Mapping[str, DiskSpec], now: Mapping[str, DiskSpec]) -> bool:
+    """Whether nothing of the disk stays: it is removed, or the config has it no more."""
+    name = wish.spec.name
+    return name not in now and (wish.desired == "gone" or name in configured)
+
+
+def planned(
+    now: Mapping[str, DiskSpec], before: Mapping[str, DiskSpec], running: Mapping[str, DiskSpec]
+) -> list[DiskSpec]:
+    """Return what the disks are to be: what the config says anew, else what they are."""
+    return [
+        running.get(name, spec) if spec == before.get(name) else spec for name, spec in now.items()
+    ]
+
+
+def _placed_at_start(
+    wishes: Sequence[Wish],
+    new: Sequence[DiskSpec],
+    saved: SavedState,
+    now: Mapping[str, DiskSpec],
+    machine: Machine,
+) -> list[Wish]:
+    staying = [wish for wish in wishes if not leaves(wish, saved.configured, now)]
+    specs = [wish.spec for wish in staying]
+    placed = [(wish.spec, wish.placement) for wish in staying]
+    # What leaves is in nobody's way, wherever it is.
+    gone = [replace(wish.spec, core=None, listen=()) for wish in wishes if wish not in staying]
+    where = [(wish.spec, wish.placement) for wish in wishes if wish not in staying]
+    places = place_all([*specs, *new], placed, machine) | place_all(gone, where, machine)
     return [
         *(_moved(wish, places[wish.spec.name]) for wish in wishes),
         *(Wish(spec, places[spec.name]) for spec in new),
@@ -159,21 +193,9 @@ def _renewed(
     served = any(core in serving for core in wish.placement.cores)
     if spec is not None and spec != before and wish.desired != "gone" and not served:
         was = replace(was, listen=spec.listen, core=spec.core)
-    if was.core not in (None, *machine.cores):
-        was = replace(was, core=None)
-    return replace(wish, spec=was)
+    return replace(wish, spec=fitting(was, machine))
 
 
 def _moved(wish: Wish, placement: Placement) -> Wish:
     former = {*wish.former, *wish.placement.cores} - {*placement.cores}
     return replace(wish, placement=placement, former=tuple(sorted(former)))
-
-
-def _fits(wish: Wish, machine: Machine) -> bool:
-    """Whether the disk can stay where it was."""
-    spec, placement = wish.spec, wish.placement
-    return (
-        all(core in machine.cores for core in placement.cores)
-        and spec.core in (None, placement.core)
-        and len(placement.connections) == min(spec.connections, machine.cpus)
-    )

@@ -202,6 +202,7 @@ class Shares:
         leads = share.worker.core == core
         self._had_storage, self.has_storage = self.has_storage, True  # should it never answer
         listen = self.listen if leads else ()
+        share.unheard = ""  # it says so anew
         # What the worker needs not know changes without it.
         spec = replace(spec, device=None, listen=listen)
 

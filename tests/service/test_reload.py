@@ -210,3 +210,49 @@ def test_a_reload_whose_controller_dies_is_made_up_for(service: Start, tmp_path:
             for disk in again.rpc("reactor_get_disks")
         )
     )
+
+
+def pinned(tmp_path: Path, **addresses: tuple[int, str]) -> str:
+    """Return a config of memory disks, each with the index of its core and its socket."""
+    cores = sorted(os.sched_getaffinity(0))
+    lines = (
+        f"  {name}: {{backend: malloc, size: 8MiB, core: {cores[core]},"
+        f" listen: 'unix:{tmp_path}/{sock}.sock'}}\n"
+        for name, (core, sock) in addresses.items()
+    )
+    return f"disks:\n{''.join(lines)}"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_two_disks_exchange_their_addresses(service: Start, tmp_path: Path) -> None:
+    running = service(pinned(tmp_path, a=(0, "x"), b=(1, "y")), cores=cores_of_two())
+    for name, sock in (("a", "x"), ("b", "y")):
+        nbdsh(tmp_path, name, f"h.pwrite(b'{name}' * 4096, 0)", on=sock)
+    running.config_path.write_text(pinned(tmp_path, a=(0, "y"), b=(1, "x")))
+    running.rpc("reactor_reload")
+    for name, sock in (("a", "y"), ("b", "x")):
+        running.await_true(lambda name=name: shown(running, name) == "")
+        running.await_state(name, "online")
+        nbdsh(tmp_path, name, f"assert h.pread(4096, 0) == b'{name}' * 4096", on=sock)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_a_new_disk_has_the_address_of_one_that_goes(service: Start, tmp_path: Path) -> None:
+    running = service(pinned(tmp_path, a=(0, "x")), cores=cores_of_two())
+    running.config_path.write_text(pinned(tmp_path, n=(1, "x")))
+    running.rpc("reactor_reload")
+    running.await_state("n", "online")
+    nbdsh(tmp_path, "n", "h.pread(4096, 0)", on="x")
+
+
+def test_what_the_config_forgot_while_nobody_read_it_is_not_its_own(
+    service: Start, tmp_path: Path
+) -> None:
+    running = service(ram(tmp_path, "a", "b"))
+    running.rpc("reactor_remove_disk", name="b")
+    running.process.kill()
+    running.process.wait()
+    again = service(ram(tmp_path, "a"), runtime_dir=running.runtime_dir)
+    again.rpc("bdev_malloc_create", name="b", num_blocks=2048, block_size=512)
+    again.rpc("reactor_reload")
+    again.await_state("b", "online")

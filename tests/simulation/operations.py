@@ -411,13 +411,16 @@ class Operator:
             options["path"] = random.choice(subject.paths)
         named = f"/dev/nbd{random.randrange(len(self._host.driver.devices))}"
         cores = self._service.options.cores
+        core = random.choice((None, None, None, *cores))
+        own, common = (Address("unix", f"/run/{name}.sock") for name in (subject.name, "common"))
         return DiskSpec(
             subject.name,
             subject.backend,
             options,
             device=random.choice((None, "auto", "auto", "auto", named)),
-            listen=random.choice(((), (Address("unix", f"/run/{subject.name}.sock"),))),
-            core=random.choice((None, None, None, *cores)),
+            # Disks that share an address cannot be on two cores.
+            listen=random.choice(((), (own,), (common,) if core is None else (own,))),
+            core=core,
             readonly=random.random() < 0.1,
             block_size=random.choice((None, None, None, None, 512)),
             connections=random.choice((1, 1, 1, 2, 4)),

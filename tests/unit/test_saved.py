@@ -204,7 +204,9 @@ def test_contradictions_are_told() -> None:
     address = Address("unix", "/run/x.sock")
     disks = [DiskSpec(name, "null", {"size": 512}, listen=(address,), core=core)
              for name, core in (("a", 0), ("b", 1))]  # fmt: skip
-    with pytest.raises(OSError, match="is served by core"):
+    with pytest.raises(
+        OSError, match="disk a, b: a shared address has one worker, but disk a is to be on core 0"
+    ):
         at_start(SavedState(), *disks)
 
 

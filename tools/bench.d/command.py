@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list or not cases:
         return _list(cases) if options.list else _fail("--only leaves nothing", 2)
     # What was started is stopped either way.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell may have it ignored
         signal.signal(number, _interrupt)
     plan = _plan(options, cases)
     if options.profile:
