@@ -89,7 +89,8 @@ def write_in_flight(
     server: Server, device: Device, byte: bytes, length: int = 4096
 ) -> Iterator[Write]:
     device.probe()  # the first open of a device looks for partitions: not the I/O that is meant
-    wait_until(lambda: sysfs.io_timeout(device.index) == IO_TIMEOUT_MS)  # it is set by and by
+    if device.can_reconnect:  # it is set by and by
+        wait_until(lambda: sysfs.io_timeout(device.index) == IO_TIMEOUT_MS)
     server.stall()
     writing = Write(device.path, byte, length)
     wait_until(lambda: sysfs.in_flight(device.index))
