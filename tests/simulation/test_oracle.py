@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from reactor.control import link, saved, workers
+from reactor.control.configured import Configured
 from reactor.control.controller import Controller
 from reactor.control.disk import DiskControl
 from reactor.control.shares import Shares
@@ -41,7 +42,7 @@ def believe_in_every_reconnect(patch: Patch) -> None:
 
 
 def discard_what_the_successor_needs(patch: Patch) -> None:
-    patch.setattr(Controller, "_is_succeeded", lambda *_: False)
+    patch.setattr(Configured, "is_succeeded", lambda *_: False)
 
 
 def save_nothing(patch: Patch) -> None:
@@ -124,8 +125,9 @@ def leave_nothing_as_it_was_found(patch: Patch) -> None:
 
 
 def blame_workers_for_a_pause(patch: Patch) -> None:
-    """The controller's clock goes on while it is stopped."""
+    """The controller's clock goes on while it is stopped, and one look is enough."""
     patch.setattr(platform, "WakingClock", lambda clock: clock)
+    patch.setattr(workers, "AWAKE_LOOKS", 1)
 
 
 def slip_a_config_under_a_device(patch: Patch) -> None:
