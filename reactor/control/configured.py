@@ -25,7 +25,7 @@ class Configured:
     def __init__(self, platform: Platform, disks: Mapping[str, DiskControl]) -> None:
         self.specs: Mapping[str, DiskSpec] = {}
         self.successors: dict[str, DiskSpec] = {}
-        self.places: Mapping[str, Placement] = {}  # of all disks, once they are as it says
+        self.places: Mapping[str, Placement] = {}  # of all disks, as it was read again last
         self._growing: dict[str, DiskSpec] = {}  # what it says of disks whose size is on its way
         self._platform = platform
         self._disks = disks
@@ -42,11 +42,9 @@ class Configured:
             self._let_go(name)
         for name, disk in list(self._disks.items()):
             spec, was = now.get(name), before.get(name)
-            if spec in (None, was) and not self._is_misplaced(disk):
+            if spec in (None, was):
                 continue
-            spec = spec or disk.spec
-            stays = disk.desired != "gone" and not self._is_misplaced(disk)
-            if stays and disk.spec == reconfigured(disk.spec, was, spec):
+            if disk.desired != "gone" and disk.spec == reconfigured(disk.spec, was, spec):
                 self.note(name, spec)
             else:
                 self._change(disk, spec)
@@ -66,15 +64,18 @@ class Configured:
             disk.obstacle = ""
         for name in before.keys() - now.keys():
             self._let_go(name)
-        for name, spec in now.items():
-            known = self._disks.get(name)
-            if known is None:
-                self.note(name, spec)
-                begin(spec)
-            elif spec != before.get(name) or known.desired == "gone" or self._is_misplaced(known):
-                self._change(known, spec)
-            elif known.state == "failed" and known.desired == "online":
-                known.want("online")  # but one whose storage was removed waits for `start`
+        new = [spec for name, spec in now.items() if name not in self._disks]
+        for name, disk in list(self._disks.items()):
+            spec = now.get(name)
+            if spec is None:
+                continue
+            if spec != before.get(name) or disk.desired == "gone" or self._is_misplaced(disk):
+                self._change(disk, spec)
+            elif disk.state == "failed" and disk.desired == "online":
+                disk.want("online")  # but one whose storage was removed waits for `start`
+        for spec in new:  # who has their addresses or devices is on the way to let go
+            self.note(spec.name, spec)
+            begin(spec)
         return "; ".join(disk.obstacle for disk in self._disks.values() if disk.obstacle)
 
     def grown(self, disk: DiskControl) -> None:

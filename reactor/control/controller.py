@@ -16,7 +16,7 @@ from reactor.control.holders import holder, may_listen
 from reactor.control.host import Host
 from reactor.control.leftovers import LeftDevices
 from reactor.control.notify import notify, notify_reloading
-from reactor.control.plan import Machine, Placement, fitting, place, place_all
+from reactor.control.plan import Machine, Placement, place, place_together
 from reactor.control.platform import Platform
 from reactor.control.readiness import tell_ready
 from reactor.control.saved import SavedState, Wish, leaves, planned, wishes_at_start
@@ -96,14 +96,9 @@ class Controller:
         now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
         try:
             wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
-            staying = [wish for wish in wishes if not leaves(wish, before, now)]
-            placed = [(wish.spec, wish.placement) for wish in staying]
-            wanted = planned(now, before, {wish.spec.name: wish.spec for wish in wishes})
-            wanted = [fitting(spec, self._machine) for spec in wanted]
-            places = place_all(wanted, placed, self._machine)
         except OSError as error:
             raise UsageError(reason(error)) from error
-        self._configured.specs, self._configured.places = before, places
+        self._configured.specs = before
         for name, spec in saved.successors.items():
             if name in now:  # one that was changed at run time stays so
                 unchanged = now[name] == before.get(name)
@@ -254,7 +249,8 @@ class Controller:
             staying = (d for d in self._disks.values() if not leaves(d.wish, configured, wanted))
             placed = [(disk.spec, disk.placement) for disk in staying]
             running = {name: disk.spec for name, disk in self._disks.items()}
-            places = place_all(planned(wanted, configured, running), placed, self._machine)
+            running |= self._configured.successors
+            places = place_together(planned(wanted, configured, running), placed, self._machine)
         except (ReactorError, OSError) as error:
             done(error)
             return
@@ -351,13 +347,23 @@ class Controller:
     def _succeed(self, disk: DiskControl) -> None:
         spec = self._configured.successors.pop(disk.spec.name, None)
         if spec is not None:
-            wish = Wish(spec, self._configured.places[spec.name])
+            wish = Wish(spec, self._place_of(spec))
             same = spec.same_storage(disk.spec)
             wish = replace(wish, made=disk.wish.made if same else 0)
             self._add(wish, known=same and disk.has_storage)
         self._save()
         if spec is not None and spec.name in self._disks:
             self._disks[spec.name].step()
+
+    def _place_of(self, spec: DiskSpec) -> Placement:
+        if spec.name in self._configured.places:
+            return self._configured.places[spec.name]
+        beside = [(d.spec, d.placement) for d in self._disks.values() if d.desired != "gone"]
+        try:
+            return place(spec, beside, self._machine)
+        except OSError as error:  # a reload places all together
+            log.error("%s", reason(error))
+            return place(replace(spec, core=None, listen=()), beside, self._machine)
 
     def _may_attach(self, disk: DiskControl) -> bool:
         """Whether no other device must come or go first."""

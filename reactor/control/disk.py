@@ -26,7 +26,7 @@ from reactor.control.workers import WorkerProcess
 from reactor.errors import ReactorError, error_number, reason
 from reactor.log import logger
 from reactor.messages import Message
-from reactor.spec import DiskSpec
+from reactor.spec import Address, DiskSpec
 
 RESIZE_RETRY_SECONDS: Final = 0.2
 SHORTAGE_SECONDS: Final = 1.0
@@ -116,8 +116,7 @@ class DiskControl:
         here = replace(self.spec, device=spec.device, listen=spec.listen)
         return here == spec or (
             self._rising()
-            and "size" in here.options
-            and "size" in spec.options
+            and "size" in here.options.keys() & spec.options.keys()
             and here == spec.with_size(here.options["size"])
         )
 
@@ -190,9 +189,9 @@ class DiskControl:
         return not self._rising() or self.spec.device not in ("auto", self.path)
 
     @property
-    def is_leaving(self) -> bool:
-        """Whether it is on its way down."""
-        return self.state == "stopping"
+    def left_addresses(self) -> set[Address]:
+        """The addresses that it still has, and is about to let go."""
+        return self._shares.addresses - {*(self.spec.listen if self._rising() else ())}
 
     @property
     def online(self) -> bool:
@@ -255,6 +254,7 @@ class DiskControl:
     def worker_lost(self, share: Share) -> None:
         """Note that a worker is gone, with its channel and its ends of the sockets."""
         share.close()
+        self.settled = self.settled and not self._rising()
         self._link.worker_lost(share)
         self._errand.worker_lost(share.worker)
         self.step()

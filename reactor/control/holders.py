@@ -16,8 +16,11 @@ def holder(device: str | None, disks: Collection[DiskControl]) -> str | None:
 
 
 def may_listen(disk: DiskControl, disks: Iterable[DiskControl]) -> bool:
-    """Whether no other disk has an address of `disk` that it is about to let go."""
+    """Whether no worker but its own has an address of `disk` for another that lets go of it."""
     wanted = {*disk.spec.listen}
-    return not any(
-        other is not disk and other.is_leaving and wanted & {*other.spec.listen} for other in disks
+    return not wanted or not any(
+        other is not disk
+        and wanted & other.left_addresses
+        and other.placement.core != disk.placement.core
+        for other in disks
     )

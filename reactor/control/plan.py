@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 
-from reactor.spec import DiskSpec
+from reactor.spec import Address, DiskSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,22 @@ def fitting(spec: DiskSpec, machine: Machine) -> DiskSpec:
 
 
 def place_all(
+    specs: Sequence[DiskSpec], placed: Iterable[tuple[DiskSpec, Placement]], machine: Machine
+) -> dict[str, Placement]:
+    """Return the place of every disk; those of that name that are `placed` stay.
+
+    Those that name a core come first, so that the others fill up.
+    """
+    known = list(placed)
+    places = {spec.name: placement for spec, placement in known}
+    for spec in sorted(specs, key=lambda spec: spec.core is None):
+        if spec.name not in places:
+            places[spec.name] = place(spec, known, machine)
+            known.append((spec, places[spec.name]))
+    return places
+
+
+def place_together(
     specs: Sequence[DiskSpec], placed: Collection[tuple[DiskSpec, Placement]], machine: Machine
 ) -> dict[str, Placement]:
     """Return the places of all disks as `specs` want them, beside others that are `placed`.
@@ -130,12 +146,15 @@ def _bound_to(
 
 def _groups(specs: Sequence[DiskSpec]) -> list[list[DiskSpec]]:
     """Return the disks by those that have an address in common, also through others."""
-    groups: list[list[DiskSpec]] = []
+    tied: dict[Address, dict[str, DiskSpec]] = {}
     for spec in specs:
-        tied = [g for g in groups if any({*spec.listen} & {*other.listen} for other in g)]
-        groups = [group for group in groups if group not in tied]
-        groups.append([*(other for group in tied for other in group), spec])
-    return groups
+        found = {id(group): group for address in spec.listen if (group := tied.get(address))}
+        main, *others = sorted(found.values(), key=len, reverse=True) or [{}]
+        for member in (spec, *(member for other in others for member in other.values())):
+            main[member.name] = member
+            tied.update(dict.fromkeys(member.listen, main))
+    groups = [tied[spec.listen[0]] if spec.listen else {spec.name: spec} for spec in specs]
+    return [list(group.values()) for group in {id(group): group for group in groups}.values()]
 
 
 def _least_loaded(spec: DiskSpec, load: Mapping[int, int], machine: Machine) -> int:

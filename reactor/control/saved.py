@@ -140,11 +140,52 @@ def wishes_at_start(
         if name not in known and spec != saved.configured.get(name)
     ]
     renewed = [_renewed(wish, saved, now, serving, machine) for wish in saved.wishes]
+    left = {wish.spec.name for wish in saved.wishes if leaves(wish, saved.configured, now)}
     try:
-        return _placed_at_start(renewed, new, saved, now, machine)
-    except OSError:  # what lives contradicts it: it is changed in order then
-        wishes = [replace(wish, spec=fitting(wish.spec, machine)) for wish in saved.wishes]
-        return _placed_at_start(wishes, new, saved, now, machine)
+        wishes = _placed(renewed, left, machine)
+    except OSError:  # with what lives, which keeps its addresses at first
+        plain = [replace(wish, spec=fitting(wish.spec, machine)) for wish in saved.wishes]
+        wishes = _placed(plain, left, machine)
+    # Beside what the others will be. If that cannot be at once, a reload will place all together.
+    beside = [
+        (now.get(wish.spec.name, wish.spec), wish.placement)
+        for wish in wishes
+        if wish.spec.name not in left
+    ]
+    for spec in new:
+        try:
+            place = place_all([spec], beside, machine)[spec.name]
+        except OSError:
+            alone = replace(fitting(spec, machine), listen=())
+            place = place_all([alone], beside, machine)[spec.name]
+        beside.append((spec, place))
+        wishes.append(Wish(spec, place))
+    return wishes
+
+
+def _placed(wishes: Sequence[Wish], left: Collection[str], machine: Machine) -> list[Wish]:
+    """Return the wishes with their places: where they were, if that can be."""
+    # What leaves is in nobody's way.
+    specs = [
+        replace(wish.spec, core=None, listen=()) if wish.spec.name in left else wish.spec
+        for wish in wishes
+    ]
+    stay = [
+        (spec, wish.placement)
+        for spec, wish in zip(specs, wishes, strict=True)
+        if _fits(spec, wish.placement, machine)
+    ]
+    places = place_all(specs, stay, machine)
+    return [_moved(wish, places[wish.spec.name]) for wish in wishes]
+
+
+def _fits(spec: DiskSpec, placement: Placement, machine: Machine) -> bool:
+    """Whether the disk can stay where it was."""
+    return (
+        all(core in machine.cores for core in placement.cores)
+        and spec.core in (None, placement.core)
+        and len(placement.connections) == min(spec.connections, machine.cpus)
+    )
 
 
 def leaves(wish: Wish, configured: Mapping[str, DiskSpec], now: Mapping[str, DiskSpec]) -> bool:
@@ -159,26 +200,6 @@ def planned(
     """Return what the disks are to be: what the config says anew, else what they are."""
     return [
         running.get(name, spec) if spec == before.get(name) else spec for name, spec in now.items()
-    ]
-
-
-def _placed_at_start(
-    wishes: Sequence[Wish],
-    new: Sequence[DiskSpec],
-    saved: SavedState,
-    now: Mapping[str, DiskSpec],
-    machine: Machine,
-) -> list[Wish]:
-    staying = [wish for wish in wishes if not leaves(wish, saved.configured, now)]
-    specs = [wish.spec for wish in staying]
-    placed = [(wish.spec, wish.placement) for wish in staying]
-    # What leaves is in nobody's way, wherever it is.
-    gone = [replace(wish.spec, core=None, listen=()) for wish in wishes if wish not in staying]
-    where = [(wish.spec, wish.placement) for wish in wishes if wish not in staying]
-    places = place_all([*specs, *new], placed, machine) | place_all(gone, where, machine)
-    return [
-        *(_moved(wish, places[wish.spec.name]) for wish in wishes),
-        *(Wish(spec, places[spec.name]) for spec in new),
     ]
 
 

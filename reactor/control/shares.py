@@ -103,6 +103,11 @@ class Shares:
         return (leader.worker.core, *cores)
 
     @property
+    def addresses(self) -> set[Address]:
+        """Where a worker listens for its clients."""
+        return {address for share in self._all for address in share.listen}
+
+    @property
     def opened(self) -> list[Share]:
         """Those that have the disk open."""
         return [share for share in self._all if share.opened]

@@ -256,3 +256,35 @@ def test_what_the_config_forgot_while_nobody_read_it_is_not_its_own(
     again.rpc("bdev_malloc_create", name="b", num_blocks=2048, block_size=512)
     again.rpc("reactor_reload")
     again.await_state("b", "online")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_a_start_finds_new_owners_of_addresses(service: Start, tmp_path: Path) -> None:
+    """Of one that moves to another address, and of one that goes."""
+    running = service(
+        pinned(tmp_path, a=(0, "x"), gone=(0, "z"), other=(0, "o")), cores=cores_of_two()
+    )
+    workers = {worker.pid for worker in running.workers().values()}
+    running.process.kill()
+    running.process.wait()
+    again = service(
+        pinned(tmp_path, a=(0, "y"), n=(1, "x"), m=(1, "z"), other=(0, "o")),
+        cores=cores_of_two(),
+        runtime_dir=running.runtime_dir,
+    )
+    for name, sock in (("a", "y"), ("n", "x"), ("m", "z"), ("other", "o")):
+        again.await_state(name, "online")
+        again.await_true(lambda name=name: shown(again, name) == "")
+        nbdsh(tmp_path, name, "h.pread(4096, 0)", on=sock)
+    assert {worker.pid for worker in again.workers().values()} == workers
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_a_second_reload_at_once_changes_nothing(service: Start, tmp_path: Path) -> None:
+    running = service(pinned(tmp_path, a=(0, "x")), cores=cores_of_two())
+    running.config_path.write_text(pinned(tmp_path, a=(1, "x")))
+    for _ in range(2):
+        running.rpc("reactor_reload")
+    running.await_state("a", "online")
+    (disk,) = running.rpc("reactor_get_disks")
+    assert disk["core"] == sorted(os.sched_getaffinity(0))[1]

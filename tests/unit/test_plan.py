@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from reactor.control.plan import Machine, Placement, place, place_all
+from reactor.control.plan import Machine, Placement, place, place_all, place_together
 from reactor.spec import Address, DiskSpec
 
 SHARED = Address("tcp", "0.0.0.0", 10809)
@@ -84,3 +84,41 @@ def test_connections_to_a_backend_that_is_not_shared_stay_together() -> None:
 def test_a_wide_disk_counts_on_each_of_its_cores() -> None:
     wide = disk("w", 0, connections=2)
     assert owners([wide, disk("a"), disk("b")], on(0, 1, 2)) == {"w": 0, "a": 2, "b": 0}
+
+
+OTHER = Address("tcp", "0.0.0.0", 10810)
+
+
+HERE = (disk("a", None, SHARED), Placement(0, (0,)))
+THERE = (disk("b", None, OTHER), Placement(1, (1,)))
+
+
+@pytest.mark.parametrize(
+    ("specs", "placed", "expected"),
+    [
+        ([disk("a", 0, OTHER), disk("b", 1, SHARED)], [HERE, THERE], {"a": 0, "b": 1}),
+        ([disk("b", None, SHARED), disk("c", 1, SHARED)], [THERE], {"b": 1, "c": 1}),
+        ([disk("a", None, SHARED), disk("b", None, SHARED)], [HERE, THERE], {"a": 0, "b": 0}),
+        (
+            [disk("c", None, SHARED, OTHER), HERE[0], THERE[0]],
+            [HERE, THERE],
+            dict.fromkeys("abc", 0),
+        ),
+        ([disk("c")], [HERE], {"a": 0, "c": 1}),
+    ],
+)
+def test_disks_are_placed_together(
+    specs: list[DiskSpec], placed: list[tuple[DiskSpec, Placement]], expected: dict[str, int]
+) -> None:
+    found = place_together(specs, placed, on(0, 1))
+    assert {name: placement.core for name, placement in found.items()} == expected
+
+
+def test_what_is_not_to_move_can_make_that_impossible() -> None:
+    with pytest.raises(OSError, match=r"disk c: a shared address has one worker, but tcp:"):
+        place_together([disk("c", None, SHARED, OTHER)], [HERE, THERE], on(0, 1))
+
+
+def test_many_disks_of_one_address_are_placed_soon() -> None:
+    found = place_together([disk(str(n), None, SHARED) for n in range(4096)], [], on(0, 1))
+    assert len({placement.core for placement in found.values()}) == 1
