@@ -41,25 +41,7 @@ def place(
     Disks that share a listener share their owner; else it is the disk's own `core`, else the core
     with the fewest disks. Raises OSError EINVAL when these contradict each other.
     """
-    cores = machine.cores
-    load: Counter[int] = Counter()
-    shared: dict[int, str] = {}
-    for other, placement in placed:
-        load.update(placement.cores)
-        core = placement.core
-        for address in set(spec.listen) & set(other.listen):
-            shared[core] = f"{address} is served by core {core} for disk {other.name}"
-    if spec.core is not None and spec.core not in cores:
-        raise OSError(errno.EINVAL, f"disk {spec.name}: no worker runs on core {spec.core}")
-    wanted = set(shared) | ({spec.core} if spec.core is not None else set())
-    if len(wanted) > 1:
-        raise OSError(
-            errno.EINVAL,
-            f"disk {spec.name}: {'; '.join(shared.values())}"
-            + (f"; core {spec.core} was asked for" if spec.core is not None else ""),
-        )
-    owner = wanted.pop() if wanted else _least_loaded(spec, load, machine)
-    return _owned(spec, owner, machine)
+    return place_together([spec], list(placed), machine)[spec.name]
 
 
 def fitting(spec: DiskSpec, machine: Machine) -> DiskSpec:
@@ -157,16 +139,20 @@ def _groups(specs: Sequence[DiskSpec]) -> list[list[DiskSpec]]:
     return [list(group.values()) for group in {id(group): group for group in groups}.values()]
 
 
+def _width(spec: DiskSpec, machine: Machine) -> tuple[int, bool]:
+    """Return how many connections a disk has, and whether they are spread over cores."""
+    connections = min(spec.connections, machine.cpus)  # more would carry nothing
+    return connections, connections > 1 and machine.can_share(spec.backend)
+
+
 def _least_loaded(spec: DiskSpec, load: Mapping[int, int], machine: Machine) -> int:
-    connections = min(spec.connections, machine.cpus)
-    spread = connections > 1 and machine.can_share(spec.backend)
+    connections, spread = _width(spec, machine)
     near = [core for core in machine.cores if core < connections] if spread else []
     return min(near or machine.cores, key=lambda core: (load.get(core, 0), core))
 
 
 def _owned(spec: DiskSpec, owner: int, machine: Machine) -> Placement:
-    connections = min(spec.connections, machine.cpus)  # more would carry nothing
-    spread = connections > 1 and machine.can_share(spec.backend)
+    connections, spread = _width(spec, machine)
     return Placement(
         owner, _spread(owner, connections, machine.cores) if spread else (owner,) * connections
     )

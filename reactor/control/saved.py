@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias
 
-from reactor.control.plan import Machine, Placement, fitting, place_all
+from reactor.control.plan import Machine, Placement, fitting, place, place_all
 from reactor.errors import ReactorError
 from reactor.spec import DiskSpec
 
@@ -154,12 +154,11 @@ def wishes_at_start(
     ]
     for spec in new:
         try:
-            place = place_all([spec], beside, machine)[spec.name]
+            placement = place(spec, beside, machine)
         except OSError:
-            alone = replace(fitting(spec, machine), listen=())
-            place = place_all([alone], beside, machine)[spec.name]
-        beside.append((spec, place))
-        wishes.append(Wish(spec, place))
+            placement = place(replace(fitting(spec, machine), listen=()), beside, machine)
+        beside.append((spec, placement))
+        wishes.append(Wish(spec, placement))
     return wishes
 
 
