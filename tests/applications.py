@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.commands import fio_verify_command, run
+from tests.mounting import mounted, mounted_new
 
 BLOCK = 4096
 END_SECONDS = 300.0
@@ -171,24 +172,12 @@ def busy(applications: Sequence[Application]) -> Iterator[None]:
 
 
 @contextmanager
-def mounted(device: str, folder: Path, *options: str) -> Iterator[None]:
-    """Mount the file system on `device`."""
-    folder.mkdir(exist_ok=True)
-    run("mount", *options, device, str(folder))
-    try:
-        yield
-    finally:
-        run("umount", str(folder))
-
-
-@contextmanager
 def writing_to_ext4(devices: dict[str, Path]) -> Iterator[list[FsyncWriter]]:
     """Writers on new file systems, given by device and mount point; at the end all is checked."""
     writers = []
     with ExitStack() as mounts:
         for device, folder in devices.items():
-            run("mkfs.ext4", "-q", device)
-            mounts.enter_context(mounted(device, folder))
+            mounts.enter_context(mounted_new(device, folder))
             writers.append(FsyncWriter(folder))
         yield writers
     for (device, folder), writer in zip(devices.items(), writers, strict=True):

@@ -12,6 +12,7 @@ import pytest
 
 from tests.client import Client
 from tests.commands import ctl, run
+from tests.mounting import mounted_new, swapped_to
 from tests.running import RunningService
 
 pytestmark = pytest.mark.kernel
@@ -117,50 +118,29 @@ def test_other_timeouts_reach_the_kernel(service: Start) -> None:
 
 
 @contextmanager
-def mounted(at: Path) -> Iterator[None]:
-    at.mkdir(exist_ok=True)
-    run("mkfs.ext4", "-q", "/dev/nbd0")
-    run("mount", "/dev/nbd0", str(at))
-    try:
-        yield
-    finally:
-        run("umount", str(at))
-
-
-@contextmanager
-def swapped_to(_at: Path) -> Iterator[None]:
-    run("mkswap", "/dev/nbd0")
-    run("swapon", "/dev/nbd0")
-    try:
-        yield
-    finally:
-        run("swapoff", "/dev/nbd0")
-
-
-@contextmanager
-def mounted_by_another_name(at: Path) -> Iterator[None]:
+def mounted_by_another_name(device: str, at: Path) -> Iterator[Path]:
     """As by mount(2): what is in /proc/mounts then is a link."""
     at.mkdir(exist_ok=True)
-    run("mkfs.ext4", "-q", "/dev/nbd0")
+    run("mkfs.ext4", "-q", device)
     link = at.with_name("link")
-    link.symlink_to("/dev/nbd0")
+    link.symlink_to(device)
     run("busybox", "mount", "-t", "ext4", str(link), str(at))
     try:
-        yield
+        yield at
     finally:
         run("umount", str(at))
         link.unlink()
 
 
-Use = Callable[[Path], AbstractContextManager[None]]
+Use = Callable[[str, Path], AbstractContextManager[object]]
 
 
 @pytest.mark.parametrize(
     ("use", "what"),
     [
-        (mounted, "the mount {}"),
+        (mounted_new, "the mount {}"),
         (mounted_by_another_name, "somebody"),
-        (swapped_to, "the swap"),
+        (lambda device, _at: swapped_to(device), "the swap"),
     ],
 )
 def test_a_device_in_use_is_not_taken_from_its_users(
@@ -169,7 +149,7 @@ def test_a_device_in_use_is_not_taken_from_its_users(
     at = tmp_path / "mount"
     keys = {"path": tmp_path / "image", "size": "16MiB"}
     running = service(disk("file", **keys))
-    with use(at):
+    with use("/dev/nbd0", at):
         running.config_path.write_text(disk("file", **keys, dead_timeout=60))
         answer = running.rpc_raw("reactor_reload")["error"]["message"]
         assert f"disk x stays as it was: /dev/nbd0 is in use by {what.format(at)}" in answer
@@ -214,7 +194,7 @@ def test_a_refusal_makes_no_disk_the_config_s(service: Start, tmp_path: Path) ->
     """One that was made at run time is refused what a config says of it, and stays without one."""
     running = service("disks: {}\n")
     ctl(running.runtime_dir, "start", "x", "backend=malloc", "size=16MiB", "device=/dev/nbd0")
-    with mounted(tmp_path / "mount"):
+    with mounted_new("/dev/nbd0", tmp_path / "mount"):
         running.config_path.write_text(disk("malloc", size="16MiB", readonly=True))
         assert "stays as it was" in running.rpc_raw("reactor_reload")["error"]["message"]
         running.config_path.write_text("disks: {}\n")

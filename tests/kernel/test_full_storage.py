@@ -15,6 +15,7 @@ import pytest
 from tests.client import Client
 from tests.commands import fio_verify, run
 from tests.kernel.media import MIB, load_drivers, needs_drivers
+from tests.mounting import mounted
 from tests.running import RunningService
 
 pytestmark = [pytest.mark.kernel, needs_drivers]
@@ -44,29 +45,20 @@ def in_memory(folder: Path) -> Iterator[Storage]:
 
 @contextmanager
 def on_tmpfs(folder: Path) -> Iterator[Storage]:
-    mount = folder / "small"
-    mount.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=100m", "none", str(mount))
-    try:
+    with mounted("none", folder / "small", "-t", "tmpfs", "-o", "size=100m") as mount:
         yield Storage(f"backend: file, path: {mount}/image, size: 64MiB", mount / "filler")
-    finally:
-        run("umount", str(mount))
 
 
 @contextmanager
 def on_ext4(folder: Path, *, direct: bool = False) -> Iterator[Storage]:
     load_drivers(folder, "loop")
     mount = folder / "small"
-    mount.mkdir()
     with (folder / "device").open("wb") as device:
         device.truncate(128 * MIB)
     run("mkfs.ext4", "-q", "-m", "0", str(folder / "device"))
-    run("mount", "-o", "loop", str(folder / "device"), str(mount))
     options = f"path: {mount}/image, size: 64MiB, direct: {str(direct).lower()}"
-    try:
+    with mounted(folder / "device", mount, "-o", "loop"):
         yield Storage(f"backend: file, {options}", mount / "filler")
-    finally:
-        run("umount", str(mount))
 
 
 @contextmanager

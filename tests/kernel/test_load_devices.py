@@ -6,13 +6,13 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.commands import run
+from tests.mounting import mounted_new, swapped_to
 from tests.running import RunningService
 
 pytestmark = pytest.mark.kernel
@@ -35,27 +35,6 @@ def device(service: Callable[..., RunningService]) -> str:
     return "/dev/nbd0"
 
 
-@contextmanager
-def mounted(device: str, where: Path) -> Iterator[None]:
-    where.mkdir()
-    run("mkfs.ext4", "-q", device)
-    run("mount", device, str(where))
-    try:
-        yield
-    finally:
-        run("umount", str(where))
-
-
-@contextmanager
-def swapping(device: str) -> Iterator[None]:
-    run("mkswap", device)
-    run("swapon", device)
-    try:
-        yield
-    finally:
-        run("swapoff", device)
-
-
 def check_refused(device: str, why: str) -> None:
     done = load("--destroy-data", device)
     assert (done.returncode, done.stdout) == (2, "")
@@ -69,7 +48,7 @@ def test_every_job_runs_on_a_device(device: str) -> None:
 
 
 def test_a_mounted_device_is_read_but_not_overwritten(device: str, tmp_path: Path) -> None:
-    with mounted(device, tmp_path / "mount"):
+    with mounted_new(device, tmp_path / "mount"):
         check_refused(device, "mounted on")
         done = load("--job", "randread", device)
         assert done.returncode == 0, done.stderr
@@ -82,12 +61,12 @@ def test_a_mounted_partition_protects_its_device(device: str, tmp_path: Path) ->
     with Path(device).open("r+b", buffering=0) as disk:
         disk.write(sector)
     run("blockdev", "--rereadpt", device)
-    with mounted(f"{device}p1", tmp_path / "mount"):
+    with mounted_new(f"{device}p1", tmp_path / "mount"):
         check_refused(device, "mounted on")
 
 
 def test_swap_is_not_overwritten(device: str) -> None:
-    with swapping(device):
+    with swapped_to(device):
         check_refused(device, "in use as swap")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import attached, ctl, run
+from tests.mounting import mounted
 from tests.running import RunningService
 
 pytestmark = pytest.mark.kernel
@@ -32,7 +33,7 @@ def config(store: Path, size: int = 24) -> str:
 
 
 @contextmanager
-def mounted(folder: Path) -> Iterator[Path]:
+def mounted_till_lost(folder: Path) -> Iterator[Path]:
     mount = folder / "mount"
     mount.mkdir(exist_ok=True)
     run("mkfs.ext4", "-q", "-F", "/dev/nbd0")
@@ -82,7 +83,7 @@ def test_an_image_that_is_gone_at_a_restart_is_not_made_under_a_mount(
     keeps_state: bool,
 ) -> None:
     running = service(config(store))
-    with mounted(tmp_path) as mount:
+    with mounted_till_lost(tmp_path) as mount:
         write(mount)
         end(running)
         store.rename(tmp_path / "moved")
@@ -97,10 +98,8 @@ def test_an_image_that_is_gone_at_a_restart_is_not_made_under_a_mount(
     (tmp_path / "moved").rename(store)
     ctl(after.runtime_dir, "start", "x")
     after.await_state("x", "online")
-    mount = tmp_path / "mount"
-    run("mount", "/dev/nbd0", str(mount))
-    assert (mount / "file").read_bytes() == b"data"
-    run("umount", str(mount))
+    with mounted("/dev/nbd0", tmp_path / "mount") as mount:
+        assert (mount / "file").read_bytes() == b"data"
     assert after.stop() == 0
 
 
@@ -108,7 +107,7 @@ def test_an_image_that_goes_with_its_worker_is_not_made_anew(
     service: Start, tmp_path: Path, store: Path
 ) -> None:
     running = service(config(store))
-    with mounted(tmp_path) as mount:
+    with mounted_till_lost(tmp_path) as mount:
         write(mount)
         (worker,) = running.workers().values()
         store.rename(tmp_path / "moved")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import attached, fio_verify, fio_verify_command, run
+from tests.mounting import mounted, mounted_new
 from tests.running import RunningService
 
 pytestmark = pytest.mark.kernel
@@ -53,21 +54,15 @@ def test_a_file_system_keeps_a_tree(service: Start, tmp_path: Path, attach: str,
     service(two_disks(attach, tmp_path / "vm1.img"))
     tree = Path(__file__).parent.parent.parent / "reactor"
     mount = tmp_path / "mount"
-    mount.mkdir()
-    run("mkfs.ext4", "-q", disk)
-    run("mount", disk, str(mount))
-    shutil.copytree(tree, mount / "tree", ignore=shutil.ignore_patterns("__pycache__"))
-    os.sync()
-    run("umount", str(mount))
+    with mounted_new(disk, mount):
+        shutil.copytree(tree, mount / "tree", ignore=shutil.ignore_patterns("__pycache__"))
+        os.sync()
     run("fsck.ext4", "-fn", disk)
-    run("mount", "-o", "ro", disk, str(mount))
-    different = filecmp.dircmp(tree, mount / "tree", ignore=["__pycache__"])
-    try:
+    with mounted(disk, mount, "-o", "ro"):
+        different = filecmp.dircmp(tree, mount / "tree", ignore=["__pycache__"])
         assert not different.left_only
         assert not different.diff_files
         assert different.common
-    finally:
-        run("umount", str(mount))
 
 
 def test_blkdiscard_frees_space_in_the_backing_file(
@@ -223,17 +218,12 @@ def test_a_reload_grows_a_mounted_disk_while_its_worker_restarts(
     running = service(two_disks("netlink", tmp_path / "vm1.img"))
     config = running.config_path.read_text()
     running.config_path.write_text(config.replace("64MiB", "96MiB"))
-    run("mkfs.ext2", "-q", "/dev/nbd0")
-    (tmp_path / "mnt").mkdir()
-    run("mount", "/dev/nbd0", str(tmp_path / "mnt"))
-    try:
+    with mounted_new("/dev/nbd0", tmp_path / "mnt") as mount:
         for worker in running.workers().values():
             worker.kill()
         running.await_line("was ended by signal 9")
         running.rpc("reactor_reload")
         running.await_true(lambda: Path("/sys/block/nbd0/size").read_text() == f"{96 << 11}\n")
-        with (tmp_path / "mnt" / "file").open("wb") as file:
+        with (mount / "file").open("wb") as file:
             file.write(bytes(MIB))
             os.fsync(file.fileno())
-    finally:
-        run("umount", str(tmp_path / "mnt"))

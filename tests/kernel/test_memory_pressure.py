@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tests.commands import run
+from tests.mounting import mounted_new, swapped_to
 from tests.running import RunningService
 
 GIB = 1 << 30
@@ -55,16 +56,6 @@ def little_memory(free: int = FREE) -> Iterator[None]:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE | MAP_LOCKED
     with mmap.mmap(-1, size, flags=flags):
         yield
-
-
-@contextmanager
-def swap(device: str) -> Iterator[None]:
-    run("mkswap", device)
-    run("swapon", device)
-    try:
-        yield
-    finally:
-        run("swapoff", device)
 
 
 @contextmanager
@@ -117,7 +108,7 @@ def swapping(running: RunningService) -> Iterator[None]:
     """Have the machine swap to the device of a service; what is swapped out comes back whole."""
     running.await_true(lambda: bool(spares(running)))
     hog_size = FREE_FOR_SWAP // MIB + 30
-    with swap("/dev/nbd0"), little_memory(FREE_FOR_SWAP), memory_hog(hog_size) as hog:
+    with swapped_to("/dev/nbd0"), little_memory(FREE_FOR_SWAP), memory_hog(hog_size) as hog:
         before = pages("pswpout")
         running.await_true(lambda: pages("pswpout") - before > SWAPPED_PAGES)
         yield
@@ -172,18 +163,11 @@ def test_a_worker_that_does_not_read_leaves_the_kernel_its_reserve(service: Star
 def test_more_dirty_pages_than_memory(service: Start, tmp_path: Path, direct: bool) -> None:
     running = service(disk(direct=direct))
     (worker,) = running.workers().values()
-    mount = tmp_path / "mount"
-    mount.mkdir()
-    run("mkfs.ext4", "-q", "/dev/nbd0")
-    run("mount", "/dev/nbd0", str(mount))
-    try:
-        with little_memory():
-            run("dd", "if=/dev/urandom", f"of={mount / 'a'}", "bs=1M", "count=90", "conv=fsync")
-            run("cp", str(mount / "a"), str(mount / "b"))
-            os.sync()
-            assert filecmp.cmp(mount / "a", mount / "b", shallow=False)
-    finally:
-        run("umount", str(mount))
+    with mounted_new("/dev/nbd0", tmp_path / "mount") as mount, little_memory():
+        run("dd", "if=/dev/urandom", f"of={mount / 'a'}", "bs=1M", "count=90", "conv=fsync")
+        run("cp", str(mount / "a"), str(mount / "b"))
+        os.sync()
+        assert filecmp.cmp(mount / "a", mount / "b", shallow=False)
     run("fsck.ext4", "-fn", "/dev/nbd0")
     assert worker.is_running()
 

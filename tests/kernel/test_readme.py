@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run
+from tests.mounting import mounted
 from tests.readme import ROOT, commands
 from tests.running import RunningService
 
@@ -22,11 +22,8 @@ RUNTIME_DIR = Path("/run/nbd-reactor")  # the default
 
 @pytest.fixture
 def own_srv() -> Iterator[None]:
-    run("mount", "-t", "tmpfs", "tmpfs", "/srv")
-    try:
+    with mounted("tmpfs", Path("/srv"), "-t", "tmpfs"):
         yield
-    finally:
-        run("umount", "/srv")
 
 
 def test_the_commands_of_the_readme_work(tmp_path: Path, own_srv: None) -> None:

@@ -22,6 +22,7 @@ from reactor.protocol.wire import (
     NBD_CMD_WRITE,
     NBD_CMD_WRITE_ZEROES,
 )
+from tests.mounting import mounted, mounted_new
 from tests.submitting import turn_until
 from tests.unit.file_disks import MIB, Open, Opened, opening, problem
 
@@ -43,11 +44,8 @@ def opened() -> Iterator[Open]:
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """Mount a file system of 4 MiB, in memory."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder))
-    yield folder
-    run("umount", str(folder))
+    with mounted("none", tmp_path / "small", "-t", "tmpfs", "-o", "size=4m") as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -137,11 +135,7 @@ def test_direct_blocks_follow_the_device_below_the_file_system(
     tmp_path: Path, device: Device, opened: Open
 ) -> None:
     path = device(tmp_path / "backing", 16 * MIB, "--sector-size", "4096")
-    run("mkfs.ext4", "-q", str(path))
-    folder = tmp_path / "mounted"
-    folder.mkdir()
-    run("mount", str(path), str(folder))
-    try:
+    with mounted_new(path, tmp_path / "mounted") as folder:
         disk = Opened(folder / "image", size=MIB, direct=True)
         assert disk.disk.block_size == 4096
         disk.requester.write(4096, b"x" * 4096)
@@ -150,8 +144,6 @@ def test_direct_blocks_follow_the_device_below_the_file_system(
         text = "is mounted, or in use by another program"
         assert problem(opened, path) == (errno.EBUSY, text)
         assert opened(path, readonly=True).requester.do(NBD_CMD_READ, 0, 4096)[0] == 0
-    finally:
-        run("umount", str(folder))
 
 
 def test_a_claimed_device_is_refused_for_writing(
