@@ -44,7 +44,7 @@ class Share:
         self.members: list[int] | None = None  # it leads, and gives clients to these cores
         self.listen: tuple[Address, ...] = ()
         self.refusing = False  # it refuses I/O
-        self.unheard = ""  # why it leads, and clients find nobody
+        self.unheard = ""  # why it leads, and clients find nobody at one of its addresses
         self.statistics: dict[str, int] = {}
 
     def found(self, report: Mapping[str, Any]) -> None:
@@ -165,7 +165,7 @@ class Shares:
         if self.opened and closed:
             return f"served without core {closed}"
         unheard = next((share.unheard for share in self._all if share.unheard), "")
-        return f"served without clients: {unheard}" if unheard else ""
+        return f"not served everywhere: {unheard}" if unheard else ""
 
     def statistics(self) -> dict[str, int]:
         """Return the sums of all counters."""

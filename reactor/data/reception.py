@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -18,7 +17,7 @@ from reactor.errors import reason
 from reactor.log import logger
 from reactor.loop import Reactor, Timer
 from reactor.protocol.export import Export
-from reactor.spec import Address
+from reactor.spec import Address, DiskSpec
 
 AGAIN_SECONDS: Final = 2.0  # from one try to listen to the next
 
@@ -28,7 +27,8 @@ log = logger(__name__)
 class Reception:
     """The listeners of a worker, by address; several disks may share one.
 
-    `on_unheard(disk, why)`: the disk's clients find nobody, for now; an empty `why`: they do again.
+    `on_unheard(disk, why)`: there is nobody at one of the disk's addresses, for now; an empty
+    `why`: there is again.
     """
 
     def __init__(
@@ -54,31 +54,38 @@ class Reception:
         self._handed[name] = socks
 
     def listen(self, served: ServedDisk, *, must: bool) -> None:
-        """Listen for the disk's clients on all its addresses, or none.
+        """Listen for the disk's clients on all its addresses.
 
-        Raises OSError if it `must`; else it is tried again until it can be, or `unlisten`.
+        Raises OSError if it `must` and cannot; else each is tried again until it can be, or
+        `unlisten`.
         """
-        try:
-            self._listen(served)
-        except OSError as error:
-            if must:
-                served.spec = replace(served.spec, listen=())
-                raise
-            log.warning(
-                "disk %s is served without its clients: %s", served.spec.name, reason(error)
-            )
-            self._try_again(served, error)
+        error = self._listen(served)
+        if error is None:
+            return
+        if must:
+            raise error
+        log.warning("disk %s is not served everywhere: %s", served.spec.name, reason(error))
+        self._try_again(served, error)
+
+    def listen_instead(self, served: ServedDisk, spec: DiskSpec) -> None:
+        """Listen on the addresses of `spec`; clients of those that stay notice nothing."""
+        self._give_up_trying(spec.name)
+        self._leave(served, but=spec.listen)
+        served.spec = spec
+        self.listen(served, must=False)
 
     def unlisten(self, served: ServedDisk) -> None:
         """Stop listening for the disk's clients, and spreading them."""
         name = served.spec.name
-        if name in self._again:
-            self._again.pop(name).cancel()
-            self._on_unheard(name, "")
+        self._give_up_trying(name)
         if name in self._spreads:
             self._spreads.pop(name).close()
         self._disks.pop(name, None)
-        for address in served.spec.listen:
+        self._leave(served)
+
+    def _leave(self, served: ServedDisk, but: Collection[Address] = ()) -> None:
+        name = served.spec.name
+        for address in {*served.spec.listen}.difference(but):
             for listener in self._listeners.get(address, ()):
                 listener.exports.pop(name, None)
             if not any(listener.exports for listener in self._listeners.get(address, ())):
@@ -98,21 +105,20 @@ class Reception:
 
         self._spreads[name] = ClientSpread(self._reactor, name, members, serve)
 
-    def _listen(self, served: ServedDisk) -> None:
-        name, opened = served.spec.name, []
-        try:
-            for address in served.spec.listen:
-                if address not in self._listeners:
-                    self._listeners[address] = self._open(address)
-                    opened.append(address)
-        except BaseException:
-            for address in opened:
-                close_all(self._listeners.pop(address))
-            raise
+    def _listen(self, served: ServedDisk) -> OSError | None:
+        """Listen on every address of the disk that can be had; returns why one cannot."""
+        name, problem = served.spec.name, None
         self._disks[name] = served
         for address in served.spec.listen:
+            if address not in self._listeners:
+                try:
+                    self._listeners[address] = self._open(address)
+                except OSError as error:
+                    problem = problem or error
+                    continue
             for listener in self._listeners[address]:
                 listener.exports[name] = served.export
+        return problem
 
     def _try_again(self, served: ServedDisk, error: OSError) -> None:
         name = served.spec.name
@@ -123,12 +129,16 @@ class Reception:
     def _listen_again(self, served: ServedDisk) -> None:
         name = served.spec.name
         del self._again[name]
-        try:
-            self._listen(served)
-        except OSError as error:
+        error = self._listen(served)
+        if error is not None:
             self._try_again(served, error)
         else:
-            log.info("disk %s is served to its clients again", name)
+            log.info("disk %s is served everywhere again", name)
+            self._on_unheard(name, "")
+
+    def _give_up_trying(self, name: str) -> None:
+        if name in self._again:
+            self._again.pop(name).cancel()
             self._on_unheard(name, "")
 
     def _open(self, address: Address) -> list[Listener]:

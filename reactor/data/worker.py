@@ -192,6 +192,7 @@ class Worker:
     def _try_to_start(self, tries: int, message: Message) -> None:
         spec = DiskSpec.from_message(message["spec"])
         self._forget_retry(spec.name)
+        self._take_waiting(HANDOVERS_MAX)  # the controller sent systemd's sockets before
         served = self._disks.get(spec.name)
         if served is None:
             try:
@@ -208,8 +209,10 @@ class Worker:
                 self._retries[spec.name] = message["id"], timer
                 return
             try:
-                self._listen(served, message)
+                # What was open before is served where it can be.
+                self._reception.listen(served, must=not message["least"])
             except BaseException:
+                self._reception.unlisten(served)
                 served.stop(0, lambda: None)
                 if served.disk.made:
                     registry.backend(spec.backend).discard(spec.name, self._instance)
@@ -220,9 +223,7 @@ class Worker:
         ):
             raise OSError(errno.EBUSY, f"disk {spec.name} is served with another config")
         elif served.spec.listen != spec.listen:  # another worker led, or does from now on
-            self._reception.unlisten(served)
-            served.spec = spec
-            self._listen(served, message)
+            self._reception.listen_instead(served, spec)
         served.leads, served.members = message["leads"], message["members"]
         if served.leads:
             self._reception.spread(served)
@@ -249,11 +250,6 @@ class Worker:
             on_disconnected=self._on_disconnected,
             memory=self._memory,
         )
-
-    def _listen(self, served: ServedDisk, message: Message) -> None:
-        """Listen for clients; what was open before is served without them, if need be."""
-        self._take_waiting(HANDOVERS_MAX)  # the controller sent systemd's sockets before
-        self._reception.listen(served, must=not message["least"])
 
     def _forget_retries(self) -> None:
         for name in list(self._retries):

@@ -150,7 +150,7 @@ def test_another_address_is_taken_in_place(service: Start, tmp_path: Path) -> No
     config = running.config_path.read_text()
     running.config_path.write_text(config.replace(f"{tmp_path}/a.sock", str(wrong)))
     running.rpc("reactor_reload")
-    running.await_true(lambda: "served without clients" in shown(running, "a"))
+    running.await_true(lambda: "not served everywhere" in shown(running, "a"))
     running.config_path.write_text(
         config.replace(f"{tmp_path}/a.sock", str(right)).replace("8MiB", "16MiB")
     )
@@ -160,6 +160,30 @@ def test_another_address_is_taken_in_place(service: Start, tmp_path: Path) -> No
     running.await_true(lambda: shown(running, "a") == "")
     nbdsh(tmp_path, "a", "assert h.pread(4096, 0) == b'k' * 4096", on="other")
     assert "made anew" not in running.log
+
+
+def test_an_address_that_stays_is_left_alone_also_when_another_cannot_be_had(
+    service: Start, tmp_path: Path
+) -> None:
+    running = service(ram(tmp_path, "a"))
+    config, stays = running.config_path.read_text(), f"unix:{tmp_path}/a.sock"
+    place = tmp_path / "place"
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "a.sock"))
+        for more in (f"unix:{place}/b.sock", f"unix:{tmp_path}/c.sock"):
+            running.config_path.write_text(config.replace(f"'{stays}'", f"['{stays}', '{more}']"))
+            running.rpc("reactor_reload")
+            if place.name in more:
+                running.await_true(lambda: "not served everywhere" in shown(running, "a"))
+                nbdsh(tmp_path, "a", "h.pread(512, 0)")
+        running.await_true((tmp_path / "c.sock").exists)
+        running.await_true(lambda: shown(running, "a") == "")
+        client.settimeout(5)
+        assert client.recv(18).startswith(b"NBDMAGIC"), "it waited for its greeting all the time"
+        client.sendall(bytes(3) + b"\x03")
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
 
 
 def shown(running: RunningService, name: str) -> str:

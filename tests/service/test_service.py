@@ -100,25 +100,27 @@ def test_a_disk_that_cannot_start_is_named_and_stops_no_other(
     nbdsh(tmp_path, "good", "h.pread(512, 0)")
 
 
-def test_a_worker_that_cannot_listen_again_serves_without_clients_until_it_can(
+def test_a_worker_that_cannot_listen_again_serves_where_it_can(
     service: Start, tmp_path: Path
 ) -> None:
     place = tmp_path / "place"
     place.mkdir()
     path = place / "a.sock"
-    running = service(f"disks: {{a: {{backend: malloc, size: 8MiB, listen: 'unix:{path}'}}}}")
+    addresses = f"['unix:{path}', 'unix:{tmp_path}/other.sock']"
+    running = service(f"disks: {{a: {{backend: malloc, size: 8MiB, listen: {addresses}}}}}")
     path.unlink()
     place.rmdir()
     running.workers()[0].kill()
-    running.await_line("disk a is served without its clients: ")
+    running.await_line("disk a is not served everywhere: ")
 
     def reason() -> str:
         (disk,) = running.rpc("reactor_get_disks")
         return str(disk["reason"]) if disk["state"] == "online" else ""
 
-    running.await_true(lambda: f"served without clients: cannot listen on unix:{path}" in reason())
+    running.await_true(lambda: f"not served everywhere: cannot listen on unix:{path}" in reason())
+    nbdsh(tmp_path, "a", "h.pread(512, 0)", on="other")
     place.mkdir()
-    running.await_line("disk a is served to its clients again")
+    running.await_line("disk a is served everywhere again")
     nbdsh(place, "a", "assert h.get_size() == 8 << 20")
     running.await_true(lambda: reason() == "")
 
