@@ -84,6 +84,13 @@ class Configured:
         if spec is not None:
             self.note(spec.name, spec)
 
+    def stops(self, disk: DiskControl) -> None:
+        """Leave to the disk's next start the size that the config says."""
+        spec = self._growing.get(disk.spec.name)
+        if spec is not None:
+            disk.spec = disk.spec.with_size(spec.options.get("size", 0))
+            self.grown(disk)
+
     def removed(self, disk: DiskControl) -> None:
         """Note that a disk goes, whatever the config said of it."""
         self.grown(disk)

@@ -190,6 +190,7 @@ class Controller:
         if disk is not None and name in self._configured.successors:
             done(OSError(errno.EBUSY, f"disk {name} is being replaced by its new config"))
         elif disk is not None:
+            self._configured.stops(disk)  # or what the config says would start it again
             disk.want("stopped", self._when_saved(done))
 
     def remove(self, name: str, done: Done) -> None:
