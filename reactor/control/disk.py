@@ -69,7 +69,7 @@ class DiskControl:
         homes = [shares[core] for core in placement.connections]
         self._shares = Shares(self._errand, spec, list(shares.values()), self._on_failed)
         self._link = DeviceLink(host.platform, self._errand, homes, self._on_link_failed)
-        self._configured = spec
+        self._wanted_size = spec.options.get("size", 0)  # bytes, by the newest config or resize
         self._answers = Answers(spec.name)
         self._left: Exception | None = None  # why what it kept could not be removed
         self._attaching: Callable[[str | Exception], None] | None = None
@@ -98,18 +98,16 @@ class DiskControl:
     def change(self, spec: DiskSpec) -> None:
         """Become `spec`, which it `can_become`, in place."""
         size, shown = spec.options.get("size", 0), self._shares.geometry.size
-        other_size = size != self.spec.options.get("size", 0)
-        self._configured = spec
+        self._wanted_size = size
         self.spec = replace(self.spec, device=spec.device, listen=spec.listen)
         self._shares.listen = spec.listen
-        if other_size and size < shown:
+        if size < shown and size != self.spec.options.get("size", 0):
             log.warning(
                 "disk %s keeps its %d bytes: a reload does not cut a disk, `resize` does",
                 *(self.spec.name, shown),
             )
         self.want("online")
-        if other_size and size >= shown:
-            self.resize(size, self._report_resize)
+        self._grow()
 
     def can_become(self, spec: DiskSpec) -> bool:
         """Whether only its device, its listeners or its size differ."""
@@ -136,15 +134,17 @@ class DiskControl:
     def _report_resize(self, error: Exception | None) -> None:
         if isinstance(error, OSError) and error.errno == errno.EBUSY and self._rising():
             # It is not online yet, or another resize is under way; the newest config counts.
-            self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, self._change_again)
+            self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, self._grow)
         elif error is not None:
             log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
         else:
             self._host.on_grown(self)
 
-    def _change_again(self) -> None:
-        if self._rising():
-            self.change(self._configured)
+    def _grow(self) -> None:
+        size = self._wanted_size
+        other_size = size != self.spec.options.get("size", 0)
+        if self._rising() and other_size and size >= self._shares.geometry.size:
+            self.resize(size, self._report_resize)
 
     def detach(self, done: Done) -> None:
         """Give up the device; the disk stays."""
@@ -157,7 +157,7 @@ class DiskControl:
             done(OSError(errno.EBUSY, f"disk {self.spec.name} is {self.state}"))
             return
         self._resize = Resize(size, done, self.spec.options.get("size", size))
-        self._configured = self._configured.with_size(size)  # no earlier reload undoes it
+        self._wanted_size = size  # no earlier reload undoes it
         self._again(None)
 
     # --- what it is ---

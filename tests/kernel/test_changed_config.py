@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.client import Client
-from tests.commands import ctl, run
+from tests.commands import attached, ctl, run
 from tests.mounting import mounted_new, swapped_to
 from tests.running import RunningService
 
@@ -169,6 +169,46 @@ def test_a_device_in_use_is_not_taken_from_its_users(
     running.rpc("reactor_reload")
     running.await_true(lambda: running.rpc("reactor_get_disks", name="x")[0]["readonly"])
     running.await_state("x", "online")
+
+
+def test_a_device_that_stays_is_kept_from_others(service: Start, tmp_path: Path) -> None:
+    """Two disks cannot exchange their devices while one is mounted; both stay as they were."""
+
+    def disks(*devices: str) -> str:
+        lines = (
+            f"  {name}: {{backend: malloc, size: 16MiB, device: {device}}}\n"
+            for name, device in zip("xy", devices, strict=True)
+        )
+        return f"disks:\n{''.join(lines)}"
+
+    running = service(disks("/dev/nbd0", "/dev/nbd1"))
+    exchanged = disks("/dev/nbd1", "/dev/nbd0")
+    with mounted_new("/dev/nbd0", tmp_path / "mount"), Path("/dev/nbd1").open("rb") as other:
+        running.config_path.write_text(exchanged)
+        answer = running.rpc_raw("reactor_reload")["error"]["message"]
+        assert "disk x stays as it was: /dev/nbd0 is in use" in answer
+        assert "disk y stays as it was: disk x keeps /dev/nbd0" in answer
+        assert other.read(4096) == bytes(4096)
+    running.rpc("reactor_reload")
+    for name, device in (("x", "/dev/nbd1"), ("y", "/dev/nbd0")):
+        running.await_true(
+            lambda name=name, device=device: (
+                running.rpc("reactor_get_disks", name=name)[0]["device"] == device
+            )
+        )
+        running.await_state(name, "online")
+
+
+def test_a_size_on_its_way_brings_no_device_back(service: Start) -> None:
+    running = service(disk("malloc", size="8MiB"))
+    running.workers()[0].kill()
+    running.await_line("was ended by signal 9")
+    running.config_path.write_text(disk("malloc", size="16MiB"))
+    running.rpc("reactor_reload")  # the size has to wait for the next worker
+    running.rpc("nbd_stop_disk", nbd_device="/dev/nbd0")
+    running.await_true(lambda: running.rpc("reactor_get_disks", name="x")[0]["size"] == 16 * MIB)
+    running.await_state("x", "online")
+    assert not attached("/dev/nbd0")
 
 
 def test_other_addresses_leave_a_device_alone(service: Start, tmp_path: Path) -> None:
