@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from reactor.control.disk import DiskControl
 from reactor.control.obstacles import obstacle
-from reactor.control.plan import Placement
+from reactor.control.plan import Machine, Placement, place_together
 from reactor.control.platform import Platform
-from reactor.control.saved import reconfigured
+from reactor.control.saved import leaves, planned, reconfigured
 from reactor.log import logger
 from reactor.spec import DiskSpec
 
 log = logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the disks become what the config says: where, and which cannot, and why."""
+
+    places: Mapping[str, Placement]
+    obstacles: Mapping[str, str]
 
 
 class Configured:
@@ -38,6 +47,7 @@ class Configured:
     def resume(self, now: Mapping[str, DiskSpec]) -> None:
         """Have the disks that an earlier controller left become what the config says now."""
         before = self.specs
+        obstacles = self._obstacles(now, self.places)
         for name in before.keys() - now.keys():
             self._let_go(name)
         for name, disk in list(self._disks.items()):
@@ -47,21 +57,41 @@ class Configured:
             if disk.desired != "gone" and disk.spec == reconfigured(disk.spec, was, spec):
                 self.note(name, spec)
             else:
-                self._change(disk, spec)
+                self._change(disk, spec, obstacles.get(name, ""))
+
+    def plan(self, now: Mapping[str, DiskSpec], machine: Machine) -> Plan:
+        """Return how all disks become what the config says now, beside those that must stay.
+
+        Raises OSError EINVAL when there is no way.
+        """
+        before, disks = self.specs, self._disks
+        staying = [disk for disk in disks.values() if not leaves(disk.wish, before, now)]
+        placed = [(disk.spec, disk.placement) for disk in staying]
+        running = {**{name: disk.spec for name, disk in disks.items()}, **self.successors}
+        specs = planned(now, before, running)
+        obstacles: dict[str, str] = {}
+        while True:
+            movable = [spec for spec in specs if spec.name not in obstacles]
+            try:
+                places = place_together(movable, placed, machine)
+            except OSError as error:
+                why = "; ".join([str(error.strerror), *obstacles.values()])
+                raise OSError(error.errno, why) from error
+            found = self._obstacles(now, places)
+            if found.keys() <= obstacles.keys():
+                return Plan(places, obstacles)
+            obstacles |= found  # others follow the addresses that these keep
 
     def become(
-        self,
-        now: Mapping[str, DiskSpec],
-        places: Mapping[str, Placement],
-        begin: Callable[[DiskSpec], None],
+        self, now: Mapping[str, DiskSpec], plan: Plan, begin: Callable[[DiskSpec], None]
     ) -> str:
         """Have all disks become what the config says now; `begin` makes those that are new.
 
         Returns what cannot be, for the operator: it is tried again when the config is read again.
         """
-        before, self.places = self.specs, places
-        for disk in self._disks.values():
-            disk.obstacle = ""
+        before, self.places = self.specs, plan.places
+        for name, disk in self._disks.items():
+            disk.obstacle = plan.obstacles.get(name, "")
         for name in before.keys() - now.keys():
             self._let_go(name)
         new = [spec for name, spec in now.items() if name not in self._disks]
@@ -69,8 +99,8 @@ class Configured:
             spec = now.get(name)
             if spec is None:
                 continue
-            if spec != before.get(name) or disk.desired == "gone" or self._is_misplaced(disk):
-                self._change(disk, spec)
+            if disk.desired == "gone" or self._differs(disk, spec, self.places):
+                self._change(disk, spec, disk.obstacle)
             elif disk.state == "failed" and disk.desired == "online":
                 disk.want("online")  # but one whose storage was removed waits for `start`
         for spec in new:  # who has their addresses or devices is on the way to let go
@@ -108,16 +138,13 @@ class Configured:
         if name in self._disks:
             self._disks[name].want("gone")
 
-    def _change(self, disk: DiskControl, spec: DiskSpec) -> None:
-        """Make `disk` what `spec` says, in place or by a new one, unless its device is in use."""
-        name, wanted, before = spec.name, spec, self.specs.get(spec.name)
-        if before is not None and spec.device == before.device:  # it may have another by now
-            wanted = spec.with_device(disk.spec.device)
-        in_place = disk.can_become(wanted) and not self._is_misplaced(disk)
-        disk.obstacle = obstacle(self._platform, disk, wanted, in_place=in_place)
-        if disk.obstacle:
-            log.error("%s", disk.obstacle)
-        elif disk.desired == "gone" or not in_place:
+    def _change(self, disk: DiskControl, spec: DiskSpec, why_not: str) -> None:
+        """Make `disk` what `spec` says, in place or by a new one."""
+        name, wanted = spec.name, self._wanted(disk, spec)
+        disk.obstacle = why_not
+        if why_not:
+            log.error("%s", why_not)
+        elif disk.desired == "gone" or not self._in_place(disk, wanted, self.places):
             log.info("disk %s is stopped, and made anew as the config says now", name)
             self.note(name, spec)
             self.successors[name] = wanted
@@ -130,6 +157,42 @@ class Configured:
                 self.grown(disk)
             disk.change(wanted)
 
-    def _is_misplaced(self, disk: DiskControl) -> bool:
-        """Whether it must go to another worker, as that of a disk with one of its addresses."""
-        return self.places.get(disk.spec.name, disk.placement) != disk.placement
+    def _wanted(self, disk: DiskControl, spec: DiskSpec) -> DiskSpec:
+        """Return `spec`, which the config has, with a device that was given at run time."""
+        before = self.specs.get(spec.name)
+        same_device = before is not None and spec.device == before.device
+        return spec.with_device(disk.spec.device) if same_device else spec
+
+    def _obstacles(
+        self, now: Mapping[str, DiskSpec], places: Mapping[str, Placement]
+    ) -> dict[str, str]:
+        """Return why disks must stay as they are, by name, if the others go to their places."""
+        found: dict[str, str] = {}
+        while True:
+            kept = {self._disks[name].path: name for name in found}
+            more: dict[str, str] = {}
+            for name, disk in self._disks.items():
+                spec = now.get(name)
+                if spec is None or name in found or not self._differs(disk, spec, places):
+                    continue
+                wanted = self._wanted(disk, spec)
+                in_place = self._in_place(disk, wanted, places)
+                why = obstacle(self._platform, disk, wanted, kept, in_place=in_place)
+                if why:
+                    more[name] = why
+            if not more:
+                return found
+            found |= more  # whose devices others may want
+
+    def _differs(self, disk: DiskControl, spec: DiskSpec, places: Mapping[str, Placement]) -> bool:
+        return spec != self.specs.get(spec.name) or _is_misplaced(disk, places)
+
+    def _in_place(
+        self, disk: DiskControl, wanted: DiskSpec, places: Mapping[str, Placement]
+    ) -> bool:
+        return disk.can_become(wanted) and not _is_misplaced(disk, places)
+
+
+def _is_misplaced(disk: DiskControl, places: Mapping[str, Placement]) -> bool:
+    """Whether it must go to another worker, as that of a disk with one of its addresses."""
+    return places.get(disk.spec.name, disk.placement) != disk.placement

@@ -16,16 +16,16 @@ from reactor.control.holders import holder, may_listen
 from reactor.control.host import Host
 from reactor.control.leftovers import LeftDevices
 from reactor.control.notify import notify, notify_reloading
-from reactor.control.plan import Machine, Placement, place, place_together
+from reactor.control.plan import Machine, Placement, place, place_anyhow
 from reactor.control.platform import Platform
 from reactor.control.readiness import tell_ready
-from reactor.control.saved import SavedState, Wish, leaves, planned, wishes_at_start
+from reactor.control.saved import SavedState, Wish, wishes_at_start
 from reactor.control.saving import Saving
 from reactor.control.service import DiskStatus, Done, WorkerStatus
 from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess, counters
 from reactor.control.workforce import Workforce
-from reactor.errors import ReactorError, UsageError, reason
+from reactor.errors import ReactorError, UsageError
 from reactor.log import logger, tell
 from reactor.messages import Message
 from reactor.options import Options
@@ -87,17 +87,13 @@ class Controller:
     def begin(self, saved: SavedState | None, specs: Sequence[DiskSpec] | None) -> None:
         """Go on with what is `saved`, become what `specs` say, and start the workers.
 
-        Without a config (None) what an earlier one asked for stays. Raises UsageError, and has
-        changed nothing, when `specs` cannot be placed.
+        Without a config (None) what an earlier one asked for stays.
         """
         platform, saved = self._platform, saved or SavedState(complete=False)
         self._took_over = bool(saved.wishes)
         before = saved.configured
         now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
-        try:
-            wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
-        except OSError as error:
-            raise UsageError(reason(error)) from error
+        wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
         self._configured.specs = before
         for name, spec in saved.successors.items():
             if name in now:  # one that was changed at run time stays so
@@ -246,18 +242,13 @@ class Controller:
             if specs is None:
                 raise UsageError("the service was started without --config: nothing to reload")
             wanted = {spec.name: spec for spec in specs}
-            configured = self._configured.specs
-            staying = (d for d in self._disks.values() if not leaves(d.wish, configured, wanted))
-            placed = [(disk.spec, disk.placement) for disk in staying]
-            running = {name: disk.spec for name, disk in self._disks.items()}
-            running |= self._configured.successors
-            places = place_together(planned(wanted, configured, running), placed, self._machine)
+            plan = self._configured.plan(wanted, self._machine)
         except (ReactorError, OSError) as error:
             done(error)
             return
         self._reloading = True
         notify_reloading()
-        problems = self._configured.become(wanted, places, self._begin)
+        problems = self._configured.become(wanted, plan, self._begin)
         done(OSError(errno.EBUSY, problems) if problems else None)
         self._on_settled(None)
 
@@ -360,11 +351,7 @@ class Controller:
         if spec.name in self._configured.places:
             return self._configured.places[spec.name]
         beside = [(d.spec, d.placement) for d in self._disks.values() if d.desired != "gone"]
-        try:
-            return place(spec, beside, self._machine)
-        except OSError as error:  # a reload places all together
-            log.error("%s", reason(error))
-            return place(replace(spec, core=None, listen=()), beside, self._machine)
+        return place_anyhow(spec, beside, self._machine)
 
     def _may_attach(self, disk: DiskControl) -> bool:
         """Whether no other device must come or go first."""

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from reactor.attach.occupants import listed
 from reactor.control.disk import DiskControl
 from reactor.control.platform import Platform
 from reactor.spec import DiskSpec
 
 
-def obstacle(platform: Platform, disk: DiskControl, spec: DiskSpec, *, in_place: bool) -> str:
+def obstacle(
+    platform: Platform,
+    disk: DiskControl,
+    spec: DiskSpec,
+    kept: Mapping[str | None, str],
+    *,
+    in_place: bool,
+) -> str:
     """Return why `disk` must stay as it is now, for the operator; empty if it need not.
 
     Who has just opened the device, and neither mounted it nor put anything on it, is not asked.
+    `kept`: the devices of disks that must stay as they are, and these.
     """
     path = disk.path
     elsewhere = spec.device not in ("auto", path)
     if path is None or (in_place and not elsewhere) or disk.state not in ("starting", "online"):
         return ""
+    if elsewhere and spec.device in kept:
+        return f"disk {spec.name} stays as it was: disk {kept[spec.device]} keeps {spec.device}"
     claims = platform.claims(path)
     if not claims:
         return ""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
+from typing import TypeAlias
 
 from reactor.spec import Address, DiskSpec
 
@@ -33,6 +34,9 @@ class Machine:
     can_share: Callable[[str], bool]  # whether several workers may serve a disk of the backend
 
 
+PlaceOne: TypeAlias = Callable[[DiskSpec, Iterable[tuple[DiskSpec, Placement]], Machine], Placement]
+
+
 def place(
     spec: DiskSpec, placed: Iterable[tuple[DiskSpec, Placement]], machine: Machine
 ) -> Placement:
@@ -44,23 +48,40 @@ def place(
     return place_together([spec], list(placed), machine)[spec.name]
 
 
+def place_anyhow(
+    spec: DiskSpec, placed: Iterable[tuple[DiskSpec, Placement]], machine: Machine
+) -> Placement:
+    """Return the place for `spec` also if the others have its addresses where it cannot be.
+
+    It finds them in use then, until all disks are placed together.
+    """
+    placed = list(placed)
+    try:
+        return place(spec, placed, machine)
+    except OSError:
+        return place(replace(fitting(spec, machine), listen=()), placed, machine)
+
+
 def fitting(spec: DiskSpec, machine: Machine) -> DiskSpec:
     """Return `spec` without the core that it names if there is no worker on it."""
     return spec if spec.core in (None, *machine.cores) else replace(spec, core=None)
 
 
 def place_all(
-    specs: Sequence[DiskSpec], placed: Iterable[tuple[DiskSpec, Placement]], machine: Machine
+    specs: Sequence[DiskSpec],
+    placed: Iterable[tuple[DiskSpec, Placement]],
+    machine: Machine,
+    place_one: PlaceOne = place,
 ) -> dict[str, Placement]:
     """Return the place of every disk; those of that name that are `placed` stay.
 
-    Those that name a core come first, so that the others fill up.
+    Those that name a core come first, so that the others fill up. Raises what `place_one` does.
     """
     known = list(placed)
     places = {spec.name: placement for spec, placement in known}
     for spec in sorted(specs, key=lambda spec: spec.core is None):
         if spec.name not in places:
-            places[spec.name] = place(spec, known, machine)
+            places[spec.name] = place_one(spec, known, machine)
             known.append((spec, places[spec.name]))
     return places
 
@@ -71,11 +92,12 @@ def place_together(
     """Return the places of all disks as `specs` want them, beside others that are `placed`.
 
     Those of `specs` that are placed stay where they are, unless their `core`, or that of a disk
-    with one of their addresses, is another. Disks that are bound to a core come first, so that the
-    others fill up. Raises OSError EINVAL when these contradict each other.
+    with one of their addresses, is another: a disk that is as it was goes last. Disks that are
+    bound to a core come first, so that the others fill up. Raises OSError EINVAL when these
+    contradict each other.
     """
     named = {spec.name for spec in specs}
-    stay = {spec.name: placement for spec, placement in placed}
+    stay = {spec.name: (spec, placement) for spec, placement in placed}
     fixed = [(spec, placement) for spec, placement in placed if spec.name not in named]
     places = {spec.name: placement for spec, placement in fixed}
     load: Counter[int] = Counter()
@@ -103,7 +125,7 @@ def place_together(
 def _bound_to(
     group: Sequence[DiskSpec],
     fixed: Iterable[tuple[DiskSpec, Placement]],
-    stay: Mapping[str, Placement],
+    stay: Mapping[str, tuple[DiskSpec, Placement]],
     machine: Machine,
 ) -> int | None:
     """Return the core for disks that must have one and the same, None if any will do."""
@@ -121,7 +143,9 @@ def _bound_to(
         names = ", ".join(spec.name for spec in group)
         told = "; ".join(why.values())
         raise OSError(errno.EINVAL, f"disk {names}: a shared address has one worker, but {told}")
-    places = (stay[spec.name].core for spec in group if spec.name in stay)
+    there = [(spec, *stay[spec.name]) for spec in group if spec.name in stay]
+    there.sort(key=lambda known: known[0] != known[1])  # those that change anyway come last
+    places = (placement.core for _, _, placement in there)
     cores = [*why, *(core for core in places if core in machine.cores)]
     return cores[0] if cores else None
 

@@ -8,7 +8,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias
 
-from reactor.control.plan import Machine, Placement, fitting, place, place_all
+from reactor.control.plan import (
+    Machine,
+    Placement,
+    PlaceOne,
+    fitting,
+    place,
+    place_all,
+    place_anyhow,
+)
 from reactor.errors import ReactorError
 from reactor.spec import DiskSpec
 
@@ -130,8 +138,7 @@ def wishes_at_start(
     What a worker of the cores `serving` has stays at first as it is; the others listen at once
     where the config says. All else is changed in order then, as by a reload: the kernel may hold a
     device that was attached to the old storage, in the old way. A disk of the config that is not
-    among those saved was removed at run time: only another config brings it back. Raises OSError
-    when the disks cannot be placed.
+    among those saved was removed at run time: only another config brings it back.
     """
     known = {wish.spec.name for wish in saved.wishes}
     new = [
@@ -142,27 +149,26 @@ def wishes_at_start(
     renewed = [_renewed(wish, saved, now, serving, machine) for wish in saved.wishes]
     left = {wish.spec.name for wish in saved.wishes if leaves(wish, saved.configured, now)}
     try:
-        wishes = _placed(renewed, left, machine)
+        wishes = _placed(renewed, left, machine, place)
     except OSError:  # with what lives, which keeps its addresses at first
         plain = [replace(wish, spec=fitting(wish.spec, machine)) for wish in saved.wishes]
-        wishes = _placed(plain, left, machine)
-    # Beside what the others will be. If that cannot be at once, a reload will place all together.
+        wishes = _placed(plain, left, machine, place_anyhow)
+    # Beside what the others will be.
     beside = [
         (now.get(wish.spec.name, wish.spec), wish.placement)
         for wish in wishes
         if wish.spec.name not in left
     ]
     for spec in new:
-        try:
-            placement = place(spec, beside, machine)
-        except OSError:
-            placement = place(replace(fitting(spec, machine), listen=()), beside, machine)
+        placement = place_anyhow(spec, beside, machine)
         beside.append((spec, placement))
         wishes.append(Wish(spec, placement))
     return wishes
 
 
-def _placed(wishes: Sequence[Wish], left: Collection[str], machine: Machine) -> list[Wish]:
+def _placed(
+    wishes: Sequence[Wish], left: Collection[str], machine: Machine, place_one: PlaceOne
+) -> list[Wish]:
     """Return the wishes with their places: where they were, if that can be."""
     # What leaves is in nobody's way.
     specs = [
@@ -174,7 +180,7 @@ def _placed(wishes: Sequence[Wish], left: Collection[str], machine: Machine) -> 
         for spec, wish in zip(specs, wishes, strict=True)
         if _fits(spec, wish.placement, machine)
     ]
-    places = place_all(specs, stay, machine)
+    places = place_all(specs, stay, machine, place_one)
     return [_moved(wish, places[wish.spec.name]) for wish in wishes]
 
 

@@ -69,7 +69,10 @@ class Ledger:
 
 
 class Application:
-    """One program for one disk. It opens the device when there is one, and leaves on an error."""
+    """One program for one disk. It opens the device when there is one, and leaves on an error.
+
+    Some mount it: no change of the config may take the device away from them.
+    """
 
     def __init__(
         self, host: Host, disk: str, on_error: Callable[[str, KernelDevice, int], None]
@@ -77,6 +80,7 @@ class Application:
         self.disk = disk
         self.ledgers: defaultdict[str, Ledger] = defaultdict(Ledger)  # by storage
         self.checked = True  # the disk keeps what is written
+        self.mounts = host.world.chance(0.3)
         self._host = host
         self._world = host.world
         self._on_error = on_error
@@ -94,6 +98,11 @@ class Application:
     def idle(self) -> bool:
         """Whether nothing is in flight."""
         return not self._busy
+
+    @property
+    def is_mounted(self) -> bool:
+        """Whether it has the device mounted now."""
+        return self.mounts and self._device is not None and not self._leaving
 
     def crash(self, *, keeps: bool) -> None:
         """Begin anew after the host's crash; `keeps`: the disk is no memory."""

@@ -331,6 +331,7 @@ class Operator:
             service.change(cores=tuple(cores))
             config = [s if s.core in cores else replace(s, core=None) for s in service.config]
             self._configure(config)
+        self._try_again()
         service.change(on_exit=world.random.choice(("keep", "disconnect")))
         service.change(strict=not self.tires and world.chance(0.5))
         self._unread = False
@@ -345,6 +346,7 @@ class Operator:
         before = {spec.name: spec for spec in self._service.config}
         was_unread, self._unread = self._unread, True
         self.change_config()
+        self._try_again()
         self._world.note("asked: reload %s", self._service.config)
         for spec in self._service.config:
             self.subjects[spec.name].ends.add("online")
@@ -353,6 +355,8 @@ class Operator:
             self._world.note("answered: reload: %s", error or "done")
             if error is None or is_unsaved(error):
                 self._unread = False
+                for subject in self.subjects.values():
+                    subject.refusable = False
                 if not was_unread:
                     self._reloaded(before)
             for subject in self.subjects.values() if error is not None else ():
@@ -391,18 +395,30 @@ class Operator:
         self._service.config = tuple(config)
         now = {spec.name: spec for spec in config}
         for name, subject in self.subjects.items():
-            if now.get(name) == before.get(name):
-                continue
-            subject.forget_details()
-            subject.allow_new()
-            subject.changing = True
-            if name in now:
-                self.excuse(name)
-                if "gone" in subject.ends and subject.forgets:
-                    subject.application.forget()
-                subject.ends |= {"online"}
-            else:
-                subject.ends |= {"gone"}
+            subject.refusable = subject.refusable and name in now
+            if now.get(name) != before.get(name):
+                self._may_change(subject, is_configured=name in now)
+
+    def _try_again(self) -> None:
+        """Expect that changes which were refused, perhaps, are made when the file is read."""
+        for subject in self.subjects.values():
+            if subject.refusable:
+                self._may_change(subject, is_configured=True)
+
+    def _may_change(self, subject: Subject, *, is_configured: bool) -> None:
+        """Expect what a changed config does to a disk."""
+        subject.forget_details()
+        subject.allow_new()
+        subject.changing = True
+        if not is_configured:
+            subject.ends |= {"gone"}
+            return
+        subject.refusable = any(s.application.mounts for s in self.subjects.values())
+        if not subject.application.is_mounted:
+            self.excuse(subject.name)
+        if "gone" in subject.ends and subject.forgets:
+            subject.application.forget()
+        subject.ends |= {"online"}
 
     def _spec(self, subject: Subject) -> DiskSpec:
         random = self._world.random

@@ -227,9 +227,10 @@ class SimulatedPlatform:
             device.io_timeout = IO_TIMEOUT
         return NetlinkDevice(self.host.driver, device)
 
-    def claims(self, _device: str) -> list[str]:
-        """Applications here only open devices."""
-        return []
+    def claims(self, device: str) -> list[str]:
+        """Return the applications that have mounted the device."""
+        (kernel,) = (kernel for kernel in self.host.driver.devices if kernel.path == device)
+        return [str(opener) for opener in kernel.openers if getattr(opener, "mounts", False)]
 
     def held(self, prefix: str) -> list[str]:
         """Return the tags of what the kernel holds."""

@@ -30,6 +30,7 @@ class Subject:
         self.attached: bool | None = None  # it must be on a device, or on none; None: either
         self.asking = ""  # what was asked and is not answered
         self.changing = False  # as the config says, and the end of that may not be saved yet
+        self.refusable = False  # a change by the config: the disk was in use, perhaps
         self.excused = False  # I/O errors are allowed
         self.excused_at = 0
         self.application = Application(host, name, on_error)

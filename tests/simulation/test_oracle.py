@@ -178,6 +178,11 @@ def open_within_a_minute(patch: Patch) -> None:
     )
 
 
+def take_devices_from_their_users(patch: Patch) -> None:
+    """Who has mounted a device is not asked."""
+    patch.setattr(SimulatedPlatform, "claims", lambda *_: [])
+
+
 def fail_without_cause(patch: Patch) -> None:
     """A device that lost its connection twice is not worth the trouble."""
     patch.setattr(link, "TRIES_MAX", 2)
@@ -208,6 +213,7 @@ def fail_without_cause(patch: Patch) -> None:
         (forget_what_was_made, "is made anew"),
         (give_workers_up_too_soon, "keeps dying|without need"),
         (open_within_a_minute, "did not answer start|an I/O error"),
+        (take_devices_from_their_users, "an I/O error"),
         (fail_without_cause, "lost its connection 2 times"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

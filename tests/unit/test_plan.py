@@ -99,6 +99,7 @@ THERE = (disk("b", None, OTHER), Placement(1, (1,)))
         ([disk("a", 0, OTHER), disk("b", 1, SHARED)], [HERE, THERE], {"a": 0, "b": 1}),
         ([disk("b", None, SHARED), disk("c", 1, SHARED)], [THERE], {"b": 1, "c": 1}),
         ([disk("a", None, SHARED), disk("b", None, SHARED)], [HERE, THERE], {"a": 0, "b": 0}),
+        ([disk("a", None, OTHER), THERE[0]], [HERE, THERE], {"a": 1, "b": 1}),
         (
             [disk("c", None, SHARED, OTHER), HERE[0], THERE[0]],
             [HERE, THERE],

@@ -209,6 +209,18 @@ def test_what_cannot_be_at_once_is_left_to_a_reload() -> None:
     assert [wish.placement.core for wish in at_start(SavedState(), first, second)] == [0, 1]
 
 
+def test_whatever_was_saved_can_be_started() -> None:
+    """A disk that could not leave its device kept an address that its config gives to others."""
+    here, there, astray = (
+        replace(RAM, name=name, listen=FILE.listen[:1]) for name in ("a", "b", "c")
+    )
+    saved = SavedState((wish(here, 0), wish(there, 1), wish(astray, 7)))
+    found = at_start(saved)
+    assert [each.spec for each in found] == [here, there, astray]
+    assert [each.placement.core for each in found[:2]] == [0, 1]
+    assert found[2].placement.core in MACHINE.cores
+
+
 @pytest.mark.parametrize(("run_time", "config", "size"), [(2, 1, 2), (2, 3, 3), (1, 2, 2)])
 def test_no_config_cuts_a_disk(run_time: int, config: int, size: int) -> None:
     running = RAM.with_size(run_time << 20)
