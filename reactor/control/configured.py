@@ -158,8 +158,10 @@ class Configured:
             disk.change(wanted)
 
     def _wanted(self, disk: DiskControl, spec: DiskSpec) -> DiskSpec:
-        """Return `spec`, which the config has, with a device that was given at run time."""
+        """Return `spec`, which the config has, with what was changed at run time."""
         before = self.specs.get(spec.name)
+        if spec == before and disk.desired != "gone":
+            return disk.spec
         same_device = before is not None and spec.device == before.device
         return spec.with_device(disk.spec.device) if same_device else spec
 
@@ -185,7 +187,10 @@ class Configured:
             found |= more  # whose devices others may want
 
     def _differs(self, disk: DiskControl, spec: DiskSpec, places: Mapping[str, Placement]) -> bool:
-        return spec != self.specs.get(spec.name) or _is_misplaced(disk, places)
+        if spec != self.specs.get(spec.name):
+            return True
+        # One that is stopped is placed when it is started.
+        return disk.desired != "stopped" and _is_misplaced(disk, places)
 
     def _in_place(
         self, disk: DiskControl, wanted: DiskSpec, places: Mapping[str, Placement]

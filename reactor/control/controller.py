@@ -175,10 +175,17 @@ class Controller:
     def start(self, name: str, done: Done) -> None:
         """Bring up a disk that is down."""
         disk = self._named(name, done)
-        if disk is not None:
-            for core in disk.placement.cores:
-                self._workers[core].revive()
-            disk.want("online", self._when_saved(done))
+        if disk is None:
+            return
+        if disk.desired == "stopped" and disk.settled:
+            try:
+                disk = self._placed_anew(disk)
+            except OSError as error:
+                done(error)
+                return
+        for core in disk.placement.cores:
+            self._workers[core].revive()
+        disk.want("online", self._when_saved(done))
 
     def stop(self, name: str, done: Done) -> None:
         """Drain and stop a disk; it stays known."""
@@ -420,6 +427,14 @@ class Controller:
 
     def _placed(self) -> list[tuple[DiskSpec, Placement]]:
         return [(disk.spec, disk.placement) for disk in self._disks.values()]
+
+    def _placed_anew(self, disk: DiskControl) -> DiskControl:
+        """Return the same disk, stopped, where it fits best now; raises OSError if nowhere."""
+        others = [(d.spec, d.placement) for d in self._disks.values() if d.desired == "online"]
+        placement = place(disk.spec, others, self._machine)
+        if placement == disk.placement:
+            return disk
+        return self._add(replace(disk.wish, placement=placement), known=disk.has_storage)
 
     def _add(self, wish: Wish, *, known: bool = False) -> DiskControl:
         spec = wish.spec

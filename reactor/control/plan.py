@@ -67,6 +67,17 @@ def fitting(spec: DiskSpec, machine: Machine) -> DiskSpec:
     return spec if spec.core in (None, *machine.cores) else replace(spec, core=None)
 
 
+def fits(spec: DiskSpec, placement: Placement, machine: Machine) -> bool:
+    """Whether a disk can stay where it is."""
+    connections, spread = _width(spec, machine)
+    return (
+        all(core in machine.cores for core in placement.cores)
+        and spec.core in (None, placement.core)
+        and len(placement.connections) == connections
+        and (spread or placement.cores == (placement.core,))
+    )
+
+
 def place_all(
     specs: Sequence[DiskSpec],
     placed: Iterable[tuple[DiskSpec, Placement]],
@@ -107,7 +118,9 @@ def place_together(
 
     def settle(group: Sequence[DiskSpec], owner: int) -> None:
         for spec in group:
-            place = _owned(spec, owner, machine)
+            _, place = stay.get(spec.name, (spec, None))
+            if place is None or place.core != owner or not fits(spec, place, machine):
+                place = _owned(spec, owner, machine)
             places[spec.name] = place
             load.update(place.cores)
 

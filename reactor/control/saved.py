@@ -12,6 +12,7 @@ from reactor.control.plan import (
     Machine,
     Placement,
     PlaceOne,
+    fits,
     fitting,
     place,
     place_all,
@@ -178,19 +179,10 @@ def _placed(
     stay = [
         (spec, wish.placement)
         for spec, wish in zip(specs, wishes, strict=True)
-        if _fits(spec, wish.placement, machine)
+        if fits(spec, wish.placement, machine)
     ]
     places = place_all(specs, stay, machine, place_one)
     return [_moved(wish, places[wish.spec.name]) for wish in wishes]
-
-
-def _fits(spec: DiskSpec, placement: Placement, machine: Machine) -> bool:
-    """Whether the disk can stay where it was."""
-    return (
-        all(core in machine.cores for core in placement.cores)
-        and spec.core in (None, placement.core)
-        and len(placement.connections) == min(spec.connections, machine.cpus)
-    )
 
 
 def leaves(wish: Wish, configured: Mapping[str, DiskSpec], now: Mapping[str, DiskSpec]) -> bool:

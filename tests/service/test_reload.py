@@ -261,6 +261,24 @@ def test_two_disks_exchange_their_addresses(service: Start, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_a_stopped_disk_stays_so_when_its_address_goes_to_another_core(
+    service: Start, tmp_path: Path
+) -> None:
+    first, second = (pinned(tmp_path, a=(core, "x")) for core in (0, 1))
+    other = ram(tmp_path, "x").removeprefix("disks:\n").replace("  x:", "  b:")
+    running = service(first + other, cores=cores_of_two())
+    running.rpc("reactor_stop_disk", name="b")
+    running.config_path.write_text(second + other)
+    running.rpc("reactor_reload")
+    running.await_line("disk a is stopped, and made anew")
+    running.await_state("a", "online")
+    running.await_state("b", "stopped")
+    running.rpc("reactor_start_disk", name="b")
+    running.await_state("b", "online")
+    nbdsh(tmp_path, "b", "h.pread(512, 0)", on="x")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_a_new_disk_has_the_address_of_one_that_goes(service: Start, tmp_path: Path) -> None:
     running = service(pinned(tmp_path, a=(0, "x")), cores=cores_of_two())
     running.config_path.write_text(pinned(tmp_path, n=(1, "x")))

@@ -115,6 +115,15 @@ def test_disks_are_placed_together(
     assert {name: placement.core for name, placement in found.items()} == expected
 
 
+def test_a_wide_disk_stays_as_it_is_when_there_are_more_cores() -> None:
+    narrow = (disk("w", None, connections=4), Placement(0, (0, 0, 0, 0)))
+    assert place_together([narrow[0]], [narrow], on(0, 1)) == {"w": narrow[1]}
+    wider = disk("w", None, connections=2)
+    assert place_together([wider], [narrow], on(0, 1)) == {"w": Placement(0, (0, 1))}
+    unshared = place_together([wider], [(wider, Placement(0, (0, 1)))], on(0, 1, shared=False))
+    assert unshared == {"w": Placement(0, (0, 0))}
+
+
 def test_what_is_not_to_move_can_make_that_impossible() -> None:
     with pytest.raises(OSError, match=r"disk c: a shared address has one worker, but tcp:"):
         place_together([disk("c", None, SHARED, OTHER)], [HERE, THERE], on(0, 1))
