@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -70,6 +71,16 @@ def can_share(name: str) -> bool:
         return backend(name).disk.can_share
     except ReactorError:  # the disk will say so when it is opened
         return False
+
+
+def paths(name: str, options: Mapping[str, object]) -> set[str]:
+    """Return the files and devices on which a disk of this backend keeps its data."""
+    try:
+        keys = backend(name).keys
+    except ReactorError:
+        return set()
+    found = (options.get(key.name) for key in keys if key.kind == "path")
+    return {os.path.normpath(str(path)) for path in found if path is not None}
 
 
 class _Schemas(Mapping[str, BackendSchema]):

@@ -13,6 +13,7 @@ from reactor.spec import Address
 def note_conflicts(drafts: Mapping[str, Draft]) -> None:
     """Note every conflict between the disks."""
     _shared_devices(drafts)
+    _shared_paths(drafts)
     _missing_bases(drafts)
     _cycles_of_bases(drafts)
     _torn_apart(drafts)
@@ -27,6 +28,19 @@ def _shared_devices(drafts: Mapping[str, Draft]) -> None:
         owner = owners.setdefault(device, draft)
         if owner is not draft:
             draft.note("device", f"{device} is also the device of {_called(owner, 'device')}")
+
+
+def _shared_paths(drafts: Mapping[str, Draft]) -> None:
+    owners: dict[str, tuple[Draft, str]] = {}
+    for draft in drafts.values():
+        for key, path in draft.paths:
+            owner, its_key = owners.setdefault(path, (draft, key))
+            only_read = all(each.values.get("readonly", False) for each in (owner, draft))
+            if owner is not draft and not only_read:
+                called = _called(owner, its_key)
+                draft.note(
+                    key, f"{path} is also the {its_key} of {called}, and not readonly in both"
+                )
 
 
 def _missing_bases(drafts: Mapping[str, Draft]) -> None:

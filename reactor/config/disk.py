@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from os.path import normpath
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,6 +44,7 @@ class Draft:
     problems: Problems
     values: dict[str, Any] = field(default_factory=dict)
     bases: list[tuple[str, str]] = field(default_factory=list)  # key, name of the base
+    paths: list[tuple[str, str]] = field(default_factory=list)  # key, what it keeps its data on
     spec: DiskSpec | None = None
 
     def note(self, key: str, problem: str) -> None:
@@ -159,6 +161,7 @@ def _convert(
             continue
         if key is not None and key.kind == "path":
             value = str(directory / str(value))
+            draft.paths.append((name, normpath(value)))
         elif key is not None and key.kind == "disk":
             draft.bases.append((name, str(value)))
         draft.values[name] = value

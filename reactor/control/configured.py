@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from reactor.control.disk import DiskControl
-from reactor.control.obstacles import obstacle
-from reactor.control.plan import Machine, Placement, place_together
+from reactor.control.obstacles import obstacle, obstacle_to_removal
+from reactor.control.plan import Machine, Placement, place_anyhow, place_together
 from reactor.control.platform import Platform
-from reactor.control.saved import leaves, planned, reconfigured
+from reactor.control.saved import Desired, Successor, leaves, planned, reconfigured
 from reactor.log import logger
 from reactor.spec import DiskSpec
 
@@ -27,13 +27,12 @@ class Plan:
 class Configured:
     """What the config says, as far as it is done or begun, and what takes the place of some disks.
 
-    It goes on disk by disk, to be saved together with what is done: what a controller that dies
-    has not begun, the next finds undone. So is what a disk cannot become while it is in use.
+    What a disk cannot become while it is in use is not done: the next who reads it tries again.
     """
 
     def __init__(self, platform: Platform, disks: Mapping[str, DiskControl]) -> None:
         self.specs: Mapping[str, DiskSpec] = {}
-        self.successors: dict[str, DiskSpec] = {}
+        self.successors: dict[str, Successor] = {}
         self.places: Mapping[str, Placement] = {}  # of all disks, as it was read again last
         self._growing: dict[str, DiskSpec] = {}  # what it says of disks whose size is on its way
         self._platform = platform
@@ -48,8 +47,7 @@ class Configured:
         """Have the disks that an earlier controller left become what the config says now."""
         before = self.specs
         obstacles = self._obstacles(now, self.places)
-        for name in before.keys() - now.keys():
-            self._let_go(name)
+        self._let_go_of(before.keys() - now.keys(), obstacles)
         for name, disk in list(self._disks.items()):
             spec, was = now.get(name), before.get(name)
             if spec in (None, was):
@@ -65,12 +63,16 @@ class Configured:
         Raises OSError EINVAL when there is no way.
         """
         before, disks = self.specs, self._disks
-        staying = [disk for disk in disks.values() if not leaves(disk.wish, before, now)]
-        placed = [(disk.spec, disk.placement) for disk in staying]
-        running = {**{name: disk.spec for name, disk in disks.items()}, **self.successors}
+        running = {name: disk.spec for name, disk in disks.items()}
+        running |= {name: successor.spec for name, successor in self.successors.items()}
         specs = planned(now, before, running)
         obstacles: dict[str, str] = {}
         while True:
+            placed = [
+                (disk.spec, disk.placement)
+                for name, disk in disks.items()
+                if name in obstacles or not leaves(disk.wish, before, now)
+            ]
             movable = [spec for spec in specs if spec.name not in obstacles]
             try:
                 places = place_together(movable, placed, machine)
@@ -92,8 +94,7 @@ class Configured:
         before, self.places = self.specs, plan.places
         for name, disk in self._disks.items():
             disk.obstacle = plan.obstacles.get(name, "")
-        for name in before.keys() - now.keys():
-            self._let_go(name)
+        self._let_go_of(before.keys() - now.keys(), plan.obstacles)
         new = [spec for name, spec in now.items() if name not in self._disks]
         for name, disk in list(self._disks.items()):
             spec = now.get(name)
@@ -107,6 +108,13 @@ class Configured:
             self.note(spec.name, spec)
             begin(spec)
         return "; ".join(disk.obstacle for disk in self._disks.values() if disk.obstacle)
+
+    def place_of(self, spec: DiskSpec, machine: Machine) -> Placement:
+        """Return the place of what takes the place of a disk."""
+        if spec.name in self.places:
+            return self.places[spec.name]
+        beside = [(d.spec, d.placement) for d in self._disks.values() if d.desired != "gone"]
+        return place_anyhow(spec, beside, machine)
 
     def grown(self, disk: DiskControl) -> None:
         """Note that a disk has the size that the config says."""
@@ -129,25 +137,35 @@ class Configured:
     def is_succeeded(self, disk: DiskControl) -> bool:
         """Whether another disk takes over the storage of one that goes."""
         successor = self.successors.get(disk.spec.name)
-        return successor is not None and successor.same_storage(disk.spec)
+        return successor is not None and successor.spec.same_storage(disk.spec)
 
-    def _let_go(self, name: str) -> None:
-        self.note(name, None)
-        self.successors.pop(name, None)
-        self._growing.pop(name, None)
-        if name in self._disks:
-            self._disks[name].want("gone")
+    def _let_go_of(self, names: Iterable[str], obstacles: Mapping[str, str]) -> None:
+        for name in names:
+            disk = self._disks.get(name)
+            if disk is not None and name in obstacles:
+                self._leave(disk, obstacles[name])
+                continue
+            self.note(name, None)
+            self.successors.pop(name, None)
+            self._growing.pop(name, None)
+            if disk is not None:
+                disk.want("gone")
+
+    @staticmethod
+    def _leave(disk: DiskControl, why: str) -> None:
+        disk.obstacle = why
+        log.error("%s", why)
 
     def _change(self, disk: DiskControl, spec: DiskSpec, why_not: str) -> None:
         """Make `disk` what `spec` says, in place or by a new one."""
         name, wanted = spec.name, self._wanted(disk, spec)
-        disk.obstacle = why_not
         if why_not:
-            log.error("%s", why_not)
+            self._leave(disk, why_not)
         elif disk.desired == "gone" or not self._in_place(disk, wanted, self.places):
             log.info("disk %s is stopped, and made anew as the config says now", name)
+            self._growing.pop(name, None)
             self.note(name, spec)
-            self.successors[name] = wanted
+            self.successors[name] = Successor(wanted, self._desired(disk))
             disk.want("gone")
         else:
             # A size is noted when it is there.
@@ -159,11 +177,21 @@ class Configured:
 
     def _wanted(self, disk: DiskControl, spec: DiskSpec) -> DiskSpec:
         """Return `spec`, which the config has, with what was changed at run time."""
-        before = self.specs.get(spec.name)
-        if spec == before and disk.desired != "gone":
-            return disk.spec
+        before, successor = self.specs.get(spec.name), self.successors.get(spec.name)
+        if disk.desired == "gone" and successor is None:
+            return spec
+        running = disk.spec if successor is None else successor.spec
+        if spec == before:
+            return running
         same_device = before is not None and spec.device == before.device
-        return spec.with_device(disk.spec.device) if same_device else spec
+        return spec.with_device(running.device) if same_device else spec
+
+    def _desired(self, disk: DiskControl) -> Desired:
+        """Return what comes in the place of `disk` should be: one that was stopped stays so."""
+        successor = self.successors.get(disk.spec.name)
+        if successor is not None:
+            return successor.desired
+        return "stopped" if disk.desired == "stopped" else "online"
 
     def _obstacles(
         self, now: Mapping[str, DiskSpec], places: Mapping[str, Placement]
@@ -174,17 +202,28 @@ class Configured:
             kept = {self._disks[name].path: name for name in found}
             more: dict[str, str] = {}
             for name, disk in self._disks.items():
-                spec = now.get(name)
-                if spec is None or name in found or not self._differs(disk, spec, places):
-                    continue
-                wanted = self._wanted(disk, spec)
-                in_place = self._in_place(disk, wanted, places)
-                why = obstacle(self._platform, disk, wanted, kept, in_place=in_place)
+                why = "" if name in found else self._obstacle(disk, now.get(name), places, kept)
                 if why:
                     more[name] = why
             if not more:
                 return found
             found |= more  # whose devices others may want
+
+    def _obstacle(
+        self,
+        disk: DiskControl,
+        spec: DiskSpec | None,
+        places: Mapping[str, Placement],
+        kept: Mapping[str | None, str],
+    ) -> str:
+        if spec is None:
+            known = disk.spec.name in self.specs
+            return obstacle_to_removal(self._platform, disk) if known else ""
+        if not self._differs(disk, spec, places):
+            return ""
+        wanted = self._wanted(disk, spec)
+        in_place = self._in_place(disk, wanted, places)
+        return obstacle(self._platform, disk, wanted, kept, in_place=in_place)
 
     def _differs(self, disk: DiskControl, spec: DiskSpec, places: Mapping[str, Placement]) -> bool:
         if spec != self.specs.get(spec.name):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from socket import socket
 from typing import Final
@@ -12,11 +13,11 @@ from typing import Final
 from backends import registry
 from reactor.control.configured import Configured
 from reactor.control.disk import DiskControl
-from reactor.control.holders import holder, may_listen
+from reactor.control.holders import hindrance, holder, may_attach
 from reactor.control.host import Host
 from reactor.control.leftovers import LeftDevices
 from reactor.control.notify import notify, notify_reloading
-from reactor.control.plan import Machine, Placement, place, place_anyhow
+from reactor.control.plan import Machine, Placement, place
 from reactor.control.platform import Platform
 from reactor.control.readiness import tell_ready
 from reactor.control.saved import SavedState, Wish, wishes_at_start
@@ -67,13 +68,15 @@ class Controller:
         self._suspects: tuple[int, ...] = ()  # cores whose workers may have any disk
         self._ticks = 0
         self.ready = self._reloading = self._stopping = self._forced = False
+        self._holding = False  # while it is told to the disks, one by one, what all will be
         self._host = Host(
             platform,
             self._save,
             self._saving.soon,
             self._on_settled,
             self._configured.grown,
-            lambda disk: may_listen(disk, self._disks.values()),
+            lambda: self._holding,
+            lambda disk: hindrance(disk, self._disks.values()),
             self._may_attach,
             self._configured.is_succeeded,
         )
@@ -95,10 +98,9 @@ class Controller:
         now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
         wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
         self._configured.specs = before
-        for name, spec in saved.successors.items():
-            if name in now:  # one that was changed at run time stays so
-                unchanged = now[name] == before.get(name)
-                self._configured.successors[name] = spec if unchanged else now[name]
+        self._configured.successors |= {
+            name: successor for name, successor in saved.successors.items() if name in now
+        }
         known = {wish.spec.name for wish in saved.wishes}
         leaving = tuple(self._workforce.leaving)
         if not saved.complete and (survivors := self._workforce.survivors):
@@ -123,7 +125,8 @@ class Controller:
         self._save()
         self._left_devices.detach([disk.spec for disk in self._disks.values() if disk.path])
         self._workforce.begin()
-        self._configured.resume(now)
+        with self._all_at_once():
+            self._configured.resume(now)
         self._tick()
 
     def close(self) -> None:
@@ -174,7 +177,7 @@ class Controller:
 
     def start(self, name: str, done: Done) -> None:
         """Bring up a disk that is down."""
-        disk = self._named(name, done)
+        disk = self._changeable(name, done)
         if disk is None:
             return
         if disk.desired == "stopped" and disk.settled:
@@ -189,10 +192,8 @@ class Controller:
 
     def stop(self, name: str, done: Done) -> None:
         """Drain and stop a disk; it stays known."""
-        disk = self._named(name, done)
-        if disk is not None and name in self._configured.successors:
-            done(OSError(errno.EBUSY, f"disk {name} is being replaced by its new config"))
-        elif disk is not None:
+        disk = self._changeable(name, done)
+        if disk is not None:
             self._configured.stops(disk)  # or what the config says would start it again
             disk.want("stopped", self._when_saved(done))
 
@@ -255,14 +256,25 @@ class Controller:
             return
         self._reloading = True
         notify_reloading()
-        problems = self._configured.become(wanted, plan, self._begin)
+        with self._all_at_once():
+            problems = self._configured.become(wanted, plan, self._begin)
         done(OSError(errno.EBUSY, problems) if problems else None)
         self._on_settled(None)
 
     def _begin(self, spec: DiskSpec) -> None:
-        disk = self._add(Wish(spec, self._configured.places[spec.name]))
+        self._add(Wish(spec, self._configured.places[spec.name]))
+
+    @contextmanager
+    def _all_at_once(self) -> Iterator[None]:
+        """Have all disks know what they will be before any goes on, and save it as a whole."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
         self._save()
-        disk.step()
+        for disk in list(self._disks.values()):
+            disk.step()
 
     def shut_down(self, *, keep: bool = False) -> None:
         """Stop in order, with `keep` as for --on-exit keep; a second time, by force."""
@@ -344,32 +356,24 @@ class Controller:
                 self.reactor.call_from_thread(disk.step)
 
     def _succeed(self, disk: DiskControl) -> None:
-        spec = self._configured.successors.pop(disk.spec.name, None)
-        if spec is not None:
-            wish = Wish(spec, self._place_of(spec))
-            same = spec.same_storage(disk.spec)
-            wish = replace(wish, made=disk.wish.made if same else 0)
-            self._add(wish, known=same and disk.has_storage)
+        successor = self._configured.successors.pop(disk.spec.name, None)
+        if successor is None:
+            self._save()
+            return
+        spec, same = successor.spec, successor.spec.same_storage(disk.spec)
+        placement = self._configured.place_of(spec, self._machine)
+        made = disk.wish.made if same else 0
+        wish = Wish(spec, placement, successor.desired, made=made)
+        added = self._add(wish, known=same and disk.has_storage)
         self._save()
-        if spec is not None and spec.name in self._disks:
-            self._disks[spec.name].step()
-
-    def _place_of(self, spec: DiskSpec) -> Placement:
-        if spec.name in self._configured.places:
-            return self._configured.places[spec.name]
-        beside = [(d.spec, d.placement) for d in self._disks.values() if d.desired != "gone"]
-        return place_anyhow(spec, beside, self._machine)
+        added.step()
 
     def _may_attach(self, disk: DiskControl) -> bool:
         """Whether no other device must come or go first."""
         if disk.spec.name in self._left_devices.disks:
             return False
-        if disk.spec.device == "auto":
-            # Whoever names its device goes first, or `auto` might take it.
-            return not any(other.awaits_device for other in self._disks.values())
-        return not any(
-            other.path == disk.spec.device and other.leaves_device for other in self._disks.values()
-        )
+        coming = (successor.spec for successor in self._configured.successors.values())
+        return may_attach(disk, self._disks.values(), coming)
 
     def _report_ready(self) -> None:
         settled = self._workforce.up and all(disk.settled for disk in self._disks.values())
@@ -445,7 +449,9 @@ class Controller:
 
     def _save(self) -> None:
         """Keep what should be, for the next controller; called before anything is done for it."""
-        if not self._stopping:  # those that are stopped now come back, should this process die
+        if not (
+            self._stopping or self._holding
+        ):  # those that are stopped now come back, should this process die
             self._saving.save(self._state())
 
     def _state(self) -> SavedState:
@@ -475,6 +481,13 @@ class Controller:
 
     def _holder(self, device: str | None) -> str | None:
         return holder(device, self._disks.values())
+
+    def _changeable(self, name: str, done: Done) -> DiskControl | None:
+        disk = self._named(name, done)
+        if disk is not None and name in self._configured.successors:
+            done(OSError(errno.EBUSY, f"disk {name} is being replaced by its new config"))
+            return None
+        return disk
 
     def _named(self, name: str, done: Done) -> DiskControl | None:
         disk = self._disks.get(name)

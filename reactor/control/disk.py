@@ -22,6 +22,7 @@ from reactor.control.resize import Resize
 from reactor.control.saved import Desired, Wish
 from reactor.control.service import DiskState, DiskStatus, Done
 from reactor.control.shares import OPEN_SECONDS, Share, Shares
+from reactor.control.waiting import Waiting
 from reactor.control.workers import WorkerProcess
 from reactor.errors import ReactorError, error_number, reason
 from reactor.log import logger
@@ -30,8 +31,6 @@ from reactor.spec import Address, DiskSpec
 
 RESIZE_RETRY_SECONDS: Final = 0.2
 SHORTAGE_SECONDS: Final = 1.0
-# EBUSY: what a dead worker had begun keeps its file until the medium has done it.
-AWAITED: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY)
 
 log = logger(__name__)
 
@@ -69,12 +68,12 @@ class DiskControl:
         homes = [shares[core] for core in placement.connections]
         self._shares = Shares(self._errand, spec, list(shares.values()), self._on_failed)
         self._link = DeviceLink(host.platform, self._errand, homes, self._on_link_failed)
+        self._waiting = Waiting(host.platform.reactor.clock)
         self._wanted_size = spec.options.get("size", 0)  # bytes, by the newest config or resize
         self._answers = Answers(spec.name)
         self._left: Exception | None = None  # why what it kept could not be removed
         self._attaching: Callable[[str | Exception], None] | None = None
         self._resize: Resize | None = None
-        self._waiting_since_ns = 0
 
     # --- what front ends ask ---
 
@@ -106,6 +105,9 @@ class DiskControl:
                 "disk %s keeps its %d bytes: a reload does not cut a disk, `resize` does",
                 *(self.spec.name, shown),
             )
+        if self.desired == "stopped":
+            self._again(None)
+            return
         self.want("online")
         self._grow()
 
@@ -113,14 +115,14 @@ class DiskControl:
         """Whether only its device, its listeners or its size differ."""
         here = replace(self.spec, device=spec.device, listen=spec.listen)
         return here == spec or (
-            self._rising()
+            self.rising
             and "size" in here.options.keys() & spec.options.keys()
             and here == spec.with_size(here.options["size"])
         )
 
     def attach(self, device: str | None, done: Callable[[str | Exception], None]) -> None:
         """Attach to `device` (None: the first free)."""
-        if not self._rising():
+        if not self.rising:
             done(OSError(errno.ENODEV, f"disk {self.spec.name} is {self.state}"))
             return
         if self.spec.device is not None or self.path is not None or self._attaching is not None:
@@ -132,7 +134,7 @@ class DiskControl:
         self._again(None)
 
     def _report_resize(self, error: Exception | None) -> None:
-        if isinstance(error, OSError) and error.errno == errno.EBUSY and self._rising():
+        if isinstance(error, OSError) and error.errno == errno.EBUSY and self.rising:
             # It is not online yet, or another resize is under way; the newest config counts.
             self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, self._grow)
         elif error is not None:
@@ -143,7 +145,7 @@ class DiskControl:
     def _grow(self) -> None:
         size = self._wanted_size
         other_size = size != self.spec.options.get("size", 0)
-        if self._rising() and other_size and size >= self._shares.geometry.size:
+        if self.rising and other_size and size >= self._shares.geometry.size:
             self.resize(size, self._report_resize)
 
     def detach(self, done: Done) -> None:
@@ -153,7 +155,7 @@ class DiskControl:
 
     def resize(self, size: int, done: Done) -> None:
         """Change the size of the disk and of its device."""
-        if self._resize is not None or not self.online:
+        if self._resize is not None or self.state != "online":
             done(OSError(errno.EBUSY, f"disk {self.spec.name} is {self.state}"))
             return
         self._resize = Resize(size, done, self.spec.options.get("size", size))
@@ -179,29 +181,24 @@ class DiskControl:
         return self._link.path
 
     @property
-    def awaits_device(self) -> bool:
-        """Whether it is about to attach a device that it names."""
-        return self.spec.device not in (None, "auto") and self.path is None and self._rising()
+    def is_made(self) -> bool:
+        """Whether the storage is its own: it was open once."""
+        return bool(self._made or self._shares.opened)
 
     @property
-    def leaves_device(self) -> bool:
-        """Whether it is about to let go of its device."""
-        return not self._rising() or self.spec.device not in ("auto", self.path)
+    def addresses(self) -> set[Address]:
+        """Where its workers listen."""
+        return self._shares.addresses
 
     @property
-    def left_addresses(self) -> set[Address]:
-        """The addresses that it still has, and is about to let go."""
-        return self._shares.addresses - {*(self.spec.listen if self._rising() else ())}
-
-    @property
-    def online(self) -> bool:
-        """Whether everything that should serve does."""
-        return self.state == "online"
+    def rising(self) -> bool:
+        """Whether it is to be online, and can be."""
+        return self.desired == "online" and self.failure is None
 
     @property
     def state(self) -> DiskState:
         """The word for what the disk is now."""
-        if self._rising():
+        if self.rising:
             up = not self._shares.closed and (self.spec.device is None or self._link.probed)
             return "online" if up and self._link.serving else "starting"
         if not self.settled:
@@ -230,9 +227,10 @@ class DiskControl:
         if self.failure is not None:
             return reason(self.failure)
         former = ", ".join(str(worker.core) for worker in self._awaited_former())
-        if former and not self.online:
+        if former and self.state != "online":
             return f"waits for the end of the worker of core {former}, which may have it open"
-        return self._shares.shortcoming() or self.obstacle if self._rising() else ""
+        why = self._shares.shortcoming() or self._waiting.reason or self.obstacle
+        return why if self.rising else ""
 
     # --- what happens ---
 
@@ -254,7 +252,7 @@ class DiskControl:
     def worker_lost(self, share: Share) -> None:
         """Note that a worker is gone, with its channel and its ends of the sockets."""
         share.close()
-        self.settled = self.settled and not self._rising()
+        self.settled = self.settled and not self.rising
         self._link.worker_lost(share)
         self._errand.worker_lost(share.worker)
         self.step()
@@ -263,7 +261,7 @@ class DiskControl:
         """Take over a device that the kernel still holds for the disk."""
         log.info("disk %s: the kernel still holds %s", self.spec.name, device.path)
         self._link.adopt(device, self.spec)
-        self._made = self._made or 1  # also when the state was lost
+        self._made, self._known = self._made or 1, True  # also when the state was lost
 
     def found(self, share: Share, report: Mapping[str, Any] | None, asked_ns: int) -> bool:
         """Note what a worker had of the disk when it was asked; False: what it must not have."""
@@ -294,7 +292,7 @@ class DiskControl:
 
     def step(self) -> None:
         """Do the next thing, if nothing is awaited."""
-        if self.desired == "gone" and self.settled:
+        if self._host.holding() or (self.desired == "gone" and self.settled):
             return  # what has its name and its memory now is another disk
         if self._learns_made():
             return
@@ -302,24 +300,36 @@ class DiskControl:
         if self._shares.unknown or self._awaited_former():
             return
         if self._errand.busy():
-            if self._rising():
+            if self.rising:
                 self._shares.kill_obstructing()
             else:
                 self._shares.kill_silent()
             return
-        if not self._rising():
+        hindered = self._is_hindered()
+        if not self.rising:
             self._fall()
-        elif self._shares.opened or self._host.may_open(self):
+        elif not hindered:
             self._rise()
         if self._errand.busy():
             self.settled = False
+
+    def _is_hindered(self) -> bool:
+        """Whether something must happen before it is opened; fails it when that never will."""
+        if not self.rising or self._shares.opened:
+            return False
+        try:
+            self._waiting.hindrance = self._host.hindrance(self)
+        except OSError as error:
+            self._on_failed(error)
+            return True
+        return bool(self._waiting.hindrance)
 
     def _awaited_former(self) -> list[WorkerProcess]:
         return [w for w in self._former.values() if w is not None and w.unknown]
 
     def _learns_made(self) -> bool:
         """Note what its storage has. Whether that waits to be saved, before anyone relies on it."""
-        if not self._rising() or self._resize is not None or not self._shares.opened:
+        if not self.rising or self._resize is not None or not self._shares.opened:
             return False
         size = self._shares.common_geometry.size
         if size in (0, self._made):  # 0: opened, perhaps, by a worker that has not answered
@@ -338,9 +348,6 @@ class DiskControl:
             self._host.save()
 
     # --- rising ---
-
-    def _rising(self) -> bool:
-        return self.desired == "online" and self.failure is None
 
     def _rise(self) -> None:
         link, shares, resize = self._link, self._shares, self._resize
@@ -434,21 +441,14 @@ class DiskControl:
     # --- waiting and answering ---
 
     def _on_failed(self, error: Exception) -> None:
-        if self._may_wait(error):
+        # Who uses the disk is to wait; else its device fails.
+        used = self.path or (self._made and not self._shares.opened)
+        if used and self._waiting.bears(error, self._patience):
             log.warning("disk %s waits: %s", self.spec.name, reason(error))
             self._errand.pause(SHORTAGE_SECONDS)
         elif self.failure is None:
             log.error("disk %s failed: %s", self.spec.name, reason(error))
             self.failure = error
-
-    def _may_wait(self, error: Exception) -> bool:
-        """Whether those who use the disk should wait."""
-        used = self.path or (self._made and not self._shares.opened)  # else its device fails
-        if not used or getattr(error, "errno", None) not in AWAITED:
-            return False
-        now = self._host.platform.reactor.clock()
-        self._waiting_since_ns = self._waiting_since_ns or now
-        return now - self._waiting_since_ns < self._patience * 1e9
 
     @property
     def _patience(self) -> float:
@@ -474,7 +474,7 @@ class DiskControl:
             self._again_online = False
             self.want("online")
             return
-        self._waiting_since_ns = 0
+        self._waiting.end()
         if self.settled:
             return
         self.settled = True
@@ -484,7 +484,7 @@ class DiskControl:
         if self._attaching is not None:
             attaching, self._attaching = self._attaching, None
             attaching(failure or self.path or OSError(errno.ENODEV, "the disk is stopped"))
-        if self._resize is not None and not self._rising():
+        if self._resize is not None and not self.rising:
             resize, self._resize = self._resize, None
             resize.done(failure or OSError(errno.ENODEV, "the disk is stopped"))
         answers = self._answers.take(self.desired, failure, self._left)

@@ -1,26 +1,78 @@
-"""Which disk has a device, or an address."""
+"""Which disk has a device, an address, or the storage that another wants."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection, Iterable
 
+from backends import registry
 from reactor.control.disk import DiskControl
+from reactor.spec import Address, DiskSpec
 
 
 def holder(device: str | None, disks: Collection[DiskControl]) -> str | None:
     """Return the name of the disk that is on `device`, or is meant for it."""
     # One that is letting go of it comes last: another may have it already.
-    on_it = sorted((d for d in disks if d.path == device), key=lambda d: d.leaves_device)
+    on_it = sorted((d for d in disks if d.path == device), key=_leaves_device)
     meant_for_it = (d for d in disks if d.spec.device == device != "auto")
     return next((disk.spec.name for disk in (*on_it, *meant_for_it)), None)
 
 
-def may_listen(disk: DiskControl, disks: Iterable[DiskControl]) -> bool:
-    """Whether no worker but its own has an address of `disk` for another that lets go of it."""
-    wanted = {*disk.spec.listen}
-    return not wanted or not any(
-        other is not disk
-        and wanted & other.left_addresses
-        and other.placement.core != disk.placement.core
-        for other in disks
-    )
+def _leaves_device(disk: DiskControl) -> bool:
+    """Whether the disk is about to let go of its device."""
+    return not disk.rising or disk.spec.device not in ("auto", disk.path)
+
+
+def _awaits_device(disk: DiskControl) -> bool:
+    """Whether the disk is about to attach a device that it names."""
+    return disk.spec.device not in (None, "auto") and disk.path is None and disk.rising
+
+
+def may_attach(
+    disk: DiskControl, disks: Collection[DiskControl], coming: Iterable[DiskSpec]
+) -> bool:
+    """Whether no other device must come or go before that of `disk`.
+
+    `coming`: what will take the place of other disks.
+    """
+    if disk.spec.device == "auto":
+        # Whoever names its device goes first, or `auto` might take it.
+        named = any(spec.device not in (None, "auto") for spec in coming)
+        return not named and not any(map(_awaits_device, disks))
+    return not any(other.path == disk.spec.device and _leaves_device(other) for other in disks)
+
+
+def hindrance(disk: DiskControl, disks: Iterable[DiskControl]) -> str:
+    """Return what `disk` must wait for before it is opened, for the operator; empty: nothing.
+
+    Raises OSError EBUSY when another disk has its storage, and keeps it.
+    """
+    for other in disks:
+        if other is disk:
+            continue
+        common = {*disk.spec.listen} & _left_addresses(other)
+        if common and other.placement.core != disk.placement.core:
+            return f"waits for disk {other.spec.name} to leave {min(map(str, common))}"
+        path = _common_path(disk, other)
+        if path and other.desired == "gone" and not other.settled:
+            return f"waits for disk {other.spec.name} to leave {path}"
+        if path and other.rising and _owning(other) > _owning(disk):
+            raise OSError(errno.EBUSY, f"{path} is in use by disk {other.spec.name}")
+    return ""
+
+
+def _left_addresses(disk: DiskControl) -> set[Address]:
+    """Return the addresses that the disk still has, and is about to let go."""
+    return disk.addresses - {*(disk.spec.listen if disk.rising else ())}
+
+
+def _common_path(disk: DiskControl, other: DiskControl) -> str:
+    if disk.spec.readonly and other.spec.readonly:
+        return ""
+    mine, others = (registry.paths(d.spec.backend, d.spec.options) for d in (disk, other))
+    return min(mine & others, default="")
+
+
+def _owning(disk: DiskControl) -> tuple[bool, bool]:
+    """Return what makes storage a disk's own: first its device, then that it had it open."""
+    return disk.path is not None, disk.is_made

@@ -21,6 +21,9 @@ class Host:
     save_soon: Callable[[Callable[[], None]], None]  # ... with others; and what goes on then
     on_settled: Callable[[DiskControl], None]  # a disk is what it should be, or failed
     on_grown: Callable[[DiskControl], None]  # a disk has the size that its config asked for
-    may_open: Callable[[DiskControl], bool]  # no other disk must let go of its addresses first
+    holding: Callable[[], bool]  # no disk goes on before all know what they will be
+    hindrance: Callable[
+        [DiskControl], str
+    ]  # what it must wait for before it is opened, if anything
     may_attach: Callable[[DiskControl], bool]  # no other disk goes first
     is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage

@@ -17,6 +17,7 @@ from reactor.control.plan import (
     place,
     place_all,
     place_anyhow,
+    place_together,
 )
 from reactor.errors import ReactorError
 from reactor.spec import DiskSpec
@@ -40,11 +41,19 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
+class Successor:
+    """What takes the place of a disk of its name that is on its way to be gone."""
+
+    spec: DiskSpec
+    desired: Desired = "online"
+
+
+@dataclass(frozen=True, slots=True)
 class SavedState:
     """The disks; what takes the place of some; and those that the config named, as it was read."""
 
     wishes: Sequence[Wish] = ()
-    successors: Mapping[str, DiskSpec] = field(default_factory=dict)
+    successors: Mapping[str, Successor] = field(default_factory=dict)
     configured: Mapping[str, DiskSpec] = field(default_factory=dict)
     complete: bool = True  # all that came later was saved too
 
@@ -75,7 +84,8 @@ class SavedState:
                 }
                 for wish in self.wishes
             ],
-            "successors": [spec.to_message() for spec in self.successors.values()],
+            "successors": [each.spec.to_message() for each in self.successors.values()],
+            "stopped": [n for n, each in self.successors.items() if each.desired == "stopped"],
             "configured": [spec.to_message() for spec in self.configured.values()],
         }
         text = json.dumps(content)
@@ -99,11 +109,12 @@ def decode(data: bytes, instance: str, boot: str) -> SavedState:
     wishes = (_wish(plain) for plain in content["disks"])
     if content.get("boot") != boot:
         wishes = (replace(wish, made=0) for wish in wishes)
-    return SavedState(
-        tuple(wishes),
-        _by_name(content["successors"]),
-        _by_name(content["configured"]),
-    )
+    stopped = content.get("stopped", ())  # an older release made them all online
+    successors = {
+        name: Successor(spec, "stopped" if name in stopped else "online")
+        for name, spec in _by_name(content["successors"]).items()
+    }
+    return SavedState(tuple(wishes), successors, _by_name(content["configured"]))
 
 
 def _by_name(plain: Sequence[Mapping[str, Any]]) -> dict[str, DiskSpec]:
@@ -160,11 +171,11 @@ def wishes_at_start(
         for wish in wishes
         if wish.spec.name not in left
     ]
-    for spec in new:
-        placement = place_anyhow(spec, beside, machine)
-        beside.append((spec, placement))
-        wishes.append(Wish(spec, placement))
-    return wishes
+    try:
+        places = place_together(new, beside, machine)
+    except OSError:
+        places = place_all(new, beside, machine, place_anyhow)
+    return [*wishes, *(Wish(spec, places[spec.name]) for spec in new)]
 
 
 def _placed(

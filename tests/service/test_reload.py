@@ -300,6 +300,62 @@ def test_what_the_config_forgot_while_nobody_read_it_is_not_its_own(
     again.await_state("b", "online")
 
 
+def test_storage_belongs_to_the_disk_that_had_it_first(service: Start, tmp_path: Path) -> None:
+    """A disk that is made at run time on the image of another never gets it."""
+    image = tmp_path / "image"
+    first = f"  a: {{backend: file, path: {image}, size: 8MiB}}"
+    running = service(f"disks:\n{first}\n")
+    keys = {"backend": "file", "path": str(image)}
+    refusal = running.rpc_raw("reactor_start_disk", name="b", keys=keys)["error"]["message"]
+    assert refusal == f"{image} is in use by disk a"
+    running.rpc("reactor_stop_disk", name="a")
+    running.rpc("reactor_start_disk", name="b", keys=keys)
+    refusal = running.rpc_raw("reactor_start_disk", name="a")["error"]["message"]
+    assert refusal == f"{image} is in use by disk b"
+    for process in (running.process, *running.workers().values()):
+        process.kill()
+    running.process.wait()
+    again = service(running.config_path.read_text(), runtime_dir=running.runtime_dir)
+    assert again.await_state("b", "online")
+    assert again.await_state("a", "failed")["reason"] == f"{image} is in use by disk b"
+
+
+def test_disks_that_are_tied_by_a_third_come_up_at_the_first_start(
+    service: Start, tmp_path: Path
+) -> None:
+    sockets = {"a": "1", "b": "2", "c": "12"}
+    lines = (
+        f"  {name}: {{backend: malloc, size: 1MiB, listen: ["
+        + ", ".join(f"'unix:{tmp_path}/{sock}.sock'" for sock in socks)
+        + "]}\n"
+        for name, socks in sockets.items()
+    )
+    running = service(f"disks:\n{''.join(lines)}")
+    assert {disk["state"] for disk in running.rpc("reactor_get_disks")} == {"online"}
+
+
+def test_a_stopped_disk_stays_stopped_whatever_is_changed(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    nbdsh(tmp_path, "a", "h.pwrite(b'k' * 4096, 0)")
+    running.rpc("reactor_stop_disk", name="a")
+    for old, new in (
+        ("a.sock", "b.sock"),
+        ("8MiB", "16MiB"),
+        ("malloc,", "malloc, readonly: true,"),
+    ):
+        config = running.config_path.read_text()
+        running.config_path.write_text(config.replace(old, new))
+        running.rpc("reactor_reload")
+        running.await_state("a", "stopped")
+    running.process.kill()
+    running.process.wait()
+    again = service(running.config_path.read_text(), runtime_dir=running.runtime_dir)
+    again.await_state("a", "stopped")
+    again.rpc("reactor_start_disk", name="a")
+    script = "assert h.get_size() == 16 << 20; assert h.pread(4096, 0) == b'k' * 4096"
+    nbdsh(tmp_path, "a", f"{script}; assert h.is_read_only()", on="b")
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_a_start_finds_new_owners_of_addresses(service: Start, tmp_path: Path) -> None:
     """Of one that moves to another address, and of one that goes."""

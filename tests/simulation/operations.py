@@ -261,6 +261,8 @@ class Operator:
             return
         at_rest = status.state == "online"  # else the device may be on its way to come or go
 
+        subject.device = None
+
         def detached() -> None:
             subject.attached = False if at_rest else None
 
@@ -349,7 +351,7 @@ class Operator:
         self._try_again()
         self._world.note("asked: reload %s", self._service.config)
         for spec in self._service.config:
-            self.subjects[spec.name].ends.add("online")
+            self._may_rise(self.subjects[spec.name])
 
         def done(error: Exception | None) -> None:
             self._world.note("answered: reload: %s", error or "done")
@@ -369,7 +371,9 @@ class Operator:
         now = {spec.name: spec for spec in self._service.config}
         for name, subject in self.subjects.items():
             if name in now and now[name] != before.get(name):
-                subject.ends = {"online"}
+                subject.ends = subject.ends & {"online", "stopped"}
+                named = now[name].device not in (None, "auto")
+                subject.device = now[name].device if named else None
             elif name in now:
                 subject.ends.discard("gone")
             elif name in before and name not in now:
@@ -385,9 +389,6 @@ class Operator:
                 config.append(now)
             elif draw < 0.9:
                 config.append(self._spec(subject))
-            elif now is not None:
-                self.excuse(subject.name)
-                subject.expect_loss()
         self._configure(config)
 
     def _configure(self, config: list[DiskSpec]) -> None:
@@ -395,30 +396,37 @@ class Operator:
         self._service.config = tuple(config)
         now = {spec.name: spec for spec in config}
         for name, subject in self.subjects.items():
-            subject.refusable = subject.refusable and name in now
             if now.get(name) != before.get(name):
                 self._may_change(subject, is_configured=name in now)
 
+    @staticmethod
+    def _may_rise(subject: Subject) -> None:
+        """Expect that a disk comes up, unless it was stopped."""
+        if subject.ends != {"stopped"}:
+            subject.ends.add("online")
+
     def _try_again(self) -> None:
         """Expect that changes which were refused, perhaps, are made when the file is read."""
-        for subject in self.subjects.values():
+        configured = {spec.name for spec in self._service.config}
+        for name, subject in self.subjects.items():
             if subject.refusable:
-                self._may_change(subject, is_configured=True)
+                self._may_change(subject, is_configured=name in configured)
 
     def _may_change(self, subject: Subject, *, is_configured: bool) -> None:
         """Expect what a changed config does to a disk."""
         subject.forget_details()
         subject.allow_new()
         subject.changing = True
-        if not is_configured:
-            subject.ends |= {"gone"}
-            return
         subject.refusable = any(s.application.mounts for s in self.subjects.values())
         if not subject.application.is_mounted:
             self.excuse(subject.name)
+        if not is_configured:
+            subject.expect_loss()
+            subject.ends |= {"gone"}
+            return
         if "gone" in subject.ends and subject.forgets:
             subject.application.forget()
-        subject.ends |= {"online"}
+        self._may_rise(subject)
 
     def _spec(self, subject: Subject) -> DiskSpec:
         random = self._world.random

@@ -100,6 +100,10 @@ class Oracle:
         missing = [c for c in placed.cores if c not in disk.cores and not causes.gave_up(c)]
         if missing and not causes.any_ever(disk.spec.name):
             self._world.violate(f"disk {subject.name} does without cores {missing}")
+        if subject.device not in (None, disk.device):
+            self._world.violate(
+                f"disk {subject.name} is on {disk.device}, not on {subject.device} as is configured"
+            )
         if subject.attached not in (None, disk.device is not None):
             self._world.violate(
                 f"disk {subject.name} is on {disk.device or 'no device'}, not as was acknowledged"

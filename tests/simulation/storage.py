@@ -100,8 +100,8 @@ class Store:
                 ):  # nothing but the controller keeps it to one worker
                     self._world.violate(f"{process} opens {storage}, which {other} serves")
                 raise OSError(errno.EBUSY, "is held by another worker")
-        if size is not None and (spec.backend != "file" or size > storage.size):
-            storage.size = size  # a file is never cut
+        if size is not None and (spec.backend == "null" or size > storage.size):
+            storage.size = size  # nothing is cut
         storage.openers[process] = mark
         return storage
 

@@ -28,6 +28,7 @@ class Subject:
         self.ends: set[str] = {"gone"}  # what it may be in the end
         self.size: int | None = None  # bytes that it must have, None: any
         self.attached: bool | None = None  # it must be on a device, or on none; None: either
+        self.device: str | None = None  # which, as the config names it
         self.asking = ""  # what was asked and is not answered
         self.changing = False  # as the config says, and the end of that may not be saved yet
         self.refusable = False  # a change by the config: the disk was in use, perhaps
@@ -76,7 +77,7 @@ class Subject:
 
     def forget_details(self) -> None:
         """Allow any size and device."""
-        self.size = self.attached = None
+        self.size = self.attached = self.device = None
 
     def may_be_anything(self) -> None:
         """Expect nothing of a disk whose changes were not saved when the controller died."""

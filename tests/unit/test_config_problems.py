@@ -389,6 +389,18 @@ def test_a_device_given_twice_is_told_beside_other_problems(problems: Problems) 
     ]
 
 
+def test_storage_given_twice(problems: Problems) -> None:
+    assert problems("""
+        disks:
+          a: {backend: file, path: /srv/a}
+          b: {backend: file, path: /srv/b/../a, readonly: true}
+          c: {backend: file, path: /srv/c, readonly: true}
+          d: {backend: file, path: /srv/c, readonly: true}
+        """) == [
+        "3: disks.b.path: /srv/a is also the path of disk a (line 2), and not readonly in both"
+    ]
+
+
 def test_a_missing_base(problems: Problems) -> None:
     assert problems(
         "disks: {vm1: {backend: malloc, size: 512}, b: {backend: delay, base: vm2}}"

@@ -13,6 +13,7 @@ import pytest
 from reactor.control.plan import Machine, Placement
 from reactor.control.saved import (
     SavedState,
+    Successor,
     Wish,
     decode,
     reconfigured,
@@ -81,7 +82,9 @@ def test_an_outdated_state_does_not_know_how_much_there_was() -> None:
 
 def test_what_was_saved_is_read() -> None:
     gone = Wish(FILE, Placement(1, (0, 1)), "gone", hot=True)
-    state = SavedState((wish(RAM), gone), {"file": replace(FILE, core=None)}, {"file": FILE})
+    state = SavedState(
+        (wish(RAM), gone), {"file": Successor(replace(FILE, core=None), "stopped")}, {"file": FILE}
+    )
     assert decode(state.encode("abc", "boot"), "abc", "boot") == state
 
 
