@@ -25,7 +25,7 @@ def _leaves_device(disk: DiskControl) -> bool:
 
 def _awaits_device(disk: DiskControl) -> bool:
     """Whether the disk is about to attach a device that it names."""
-    return disk.spec.device not in (None, "auto") and disk.path is None and disk.rising
+    return disk.rising and disk.spec.device not in (None, "auto", disk.path)
 
 
 def may_attach(

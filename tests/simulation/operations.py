@@ -297,6 +297,8 @@ class Operator:
             self._world.violate(f"the service ends with status {status}, and all was well")
         self.forget_questions()
         if not self._service.kept:
+            if self._host.core_locks:  # a worker outlives a stop by force while its medium hangs
+                self._host.store.forgotten.update(self.subjects)
             for subject in self.subjects.values():
                 subject.expect_loss()
                 self.is_configured(subject)
