@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,7 @@ from reactor.units import parse_size
 
 PROGRAM: Final = "nbd-reactorctl"
 TIMEOUT_SECONDS: Final = 60.0
+LOOK_SECONDS: Final = 0.1
 EXAMPLES: Final = {
     "nbd-reactorctl list": "what is served",
     "nbd-reactorctl start scratch backend=malloc size=1GiB device=auto": "a new disk",
@@ -110,12 +112,27 @@ def _resize(client: RpcClient, arguments: argparse.Namespace) -> tuple[Any, str]
 
 
 def _reload(client: RpcClient, _arguments: argparse.Namespace) -> tuple[Any, str]:
-    return client.call("reactor_reload"), "config reloaded"
+    failed_before = {disk["name"] for disk in _in_state(client, "failed")}
+    result = client.call("reactor_reload")
+    while moving := _in_state(client, "starting", "stopping"):
+        if client.seconds_left < 1:
+            names = ", ".join(disk["name"] for disk in moving)
+            raise ReactorError(f"config reloaded, but it is not done yet with {names}")
+        time.sleep(LOOK_SECONDS)
+    failed = [disk for disk in _in_state(client, "failed") if disk["name"] not in failed_before]
+    if failed:
+        reasons = "; ".join(f"disk {disk['name']} failed: {disk['reason']}" for disk in failed)
+        raise ReactorError(f"config reloaded, but {reasons}")
+    return result, "config reloaded"
 
 
 def _rpc(client: RpcClient, arguments: argparse.Namespace) -> tuple[Any, str]:
     result = client.call(arguments.method, arguments.params)
     return result, json.dumps(result, indent=2)
+
+
+def _in_state(client: RpcClient, *states: str) -> list[dict[str, Any]]:
+    return [disk for disk in client.call("reactor_get_disks") if disk["state"] in states]
 
 
 def _disk(client: RpcClient, name: str) -> dict[str, Any]:
@@ -167,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
     add_disk("remove", _remove, "hot-remove a disk: its I/O fails, and it is forgotten")
     resize = add_disk("resize", _resize, "change a disk's size")
     resize.add_argument("size", metavar="SIZE", type=_size, help="bytes, or like 64MiB")
-    add("reload", _reload, "read the config file again")
+    add("reload", _reload, "read the config file again, and wait for the disks")
     rpc = add("rpc", _rpc, "call an RPC method and print its result")
     rpc.add_argument("method", metavar="METHOD")
     rpc.add_argument("params", metavar="JSON", nargs="?", type=_json, help="its parameters")

@@ -41,6 +41,11 @@ class RpcClient:
     ) -> None:
         self._sock.close()
 
+    @property
+    def seconds_left(self) -> float:
+        """How much of the timeout is left."""
+        return self._deadline - time.monotonic()
+
     def call(self, method: str, params: Any = None) -> Any:
         """Return the method's result."""
         request = {"jsonrpc": "2.0", "id": 1, "method": method}

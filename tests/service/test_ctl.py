@@ -118,6 +118,11 @@ def test_a_reload_changes_what_has_changed(running: RunningService) -> None:
     assert status == 1
     assert f"{running.config_path}:3: disks.ram0.sice: unknown key" in err
     assert len(running.rpc("reactor_get_disks")) == 3
+    running.config_path.write_text(text + "  bad: {backend: file, path: /nonexistent/x}\n")
+    for status in (1, 0):  # one that had failed before is no news
+        status_found, _, err = ctl(running, "reload")
+        assert status_found == status
+        assert ("config reloaded, but disk bad failed: /nonexistent/x" in err) == bool(status)
 
 
 def test_a_worker_that_died_is_seen_as_restarted(running: RunningService) -> None:

@@ -36,5 +36,5 @@ complete -c nbd-reactorctl -n 'not __fish_seen_subcommand_from status list show 
 complete -c nbd-reactorctl -n '__nbd_reactorctl_place remove 0 0' -a '(__nbd_reactorctl_disks)'
 complete -c nbd-reactorctl -n 'not __fish_seen_subcommand_from status list show start stop remove resize reload rpc' -a resize -d 'change a disk\'s size'
 complete -c nbd-reactorctl -n '__nbd_reactorctl_place resize 0 0' -a '(__nbd_reactorctl_disks)'
-complete -c nbd-reactorctl -n 'not __fish_seen_subcommand_from status list show start stop remove resize reload rpc' -a reload -d 'read the config file again'
+complete -c nbd-reactorctl -n 'not __fish_seen_subcommand_from status list show start stop remove resize reload rpc' -a reload -d 'read the config file again, and wait for the disks'
 complete -c nbd-reactorctl -n 'not __fish_seen_subcommand_from status list show start stop remove resize reload rpc' -a rpc -d 'call an RPC method and print its result'
