@@ -24,6 +24,8 @@ SETTLING_SECONDS = 5.0  # what is ending when a test returns may end
 # The memory of a disk of a service, which has 8 random digits for its name.
 SERVICE_MEMORY = re.compile(r"/dev/shm/nbd-reactor-([0-9a-f]{8})-")
 
+OURS = ("nbd-reactor: worker", "nbd-reactor: device I/O")
+
 # Tests assert no times; a slow machine is no failure.
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
@@ -85,10 +87,10 @@ def _children() -> Iterator[str]:
 
 
 def _orphans() -> Iterator[str]:
-    """Name the workers that outlived their controller: they are nobody's children any more."""
+    """Name the processes that outlived their controller: they are nobody's children any more."""
     for process in psutil.process_iter(["ppid", "cmdline"]):
         title = " ".join(process.info["cmdline"] or [])
-        if process.info["ppid"] == 1 and title.startswith("nbd-reactor: worker"):
+        if process.info["ppid"] == 1 and title.startswith(OURS):
             yield f"process {process.pid} {title}"
 
 

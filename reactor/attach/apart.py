@@ -1,44 +1,189 @@
-"""Calls that wait for a device, without what their process holds."""
+"""Calls that wait for a device, made by a process of their own: see `reactor.attach.deviceio`."""
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import errno
+import itertools
 import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Final
 
 from reactor import background
+from reactor.attach.deviceio import ANSWER, READY, REQUEST, What
 
-CLONE_FILES: Final = 0x400  # include/uapi/linux/sched.h
-FD_MAX: Final = 1 << 30
-
-_libc = ctypes.CDLL(None, use_errno=True)
+START_SECONDS: Final = 10.0
+END_SECONDS: Final = 1.0  # for the process to be gone; it may wait for a device
 
 
-def apart(function: Callable[[], object]) -> None:
-    """Call `function` in a thread with a descriptor table of its own; raises what it raises.
+class Asked:
+    """A call under way; `then` gets its errno, 0 for none, when it is answered."""
 
-    A thread that waits for a device outlives even the SIGKILL of its process. In the table that all
-    threads share it would keep their locks: no other controller could begin, and none could have
-    the device answer.
+    def __init__(self, request: bytes, then: Callable[[int], None] | None) -> None:
+        self.request = request
+        self.process: _Process | None = None  # which makes the call
+        self.was_lost = False  # once already, with a process that was killed
+        self._then = then
+        self._failure = 0
+        self._done = threading.Event()
+
+    def answer(self, failure: int) -> None:
+        """Wake those who wait."""
+        self._failure = failure
+        self._done.set()
+        if self._then is not None:
+            self._then(failure)
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for its end; raises the OSError that it ended with, TimeoutError if it did not."""
+        if not self._done.wait(seconds):
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        if self._failure:
+            raise OSError(self._failure, os.strerror(self._failure))
+
+
+class DeviceIO:
+    """The process, over all its lives: it is there from the first device on.
+
+    No call needs a descriptor of this process. What a process that is killed had been asked, the
+    next one is asked again, once.
     """
-    done = threading.Event()
-    errors: list[Exception] = []
 
-    def call() -> None:
+    def __init__(self) -> None:
+        self.lock_memory = False
+        self._lock = threading.Lock()
+        self._process: _Process | None = None
+        self._asked: dict[int, Asked] = {}
+        self._numbers = itertools.count(READY + 1)
+
+    def start(self) -> None:
+        """Have the process there before memory is short; raises OSError."""
+        with self._lock:
+            self._started()
+
+    def await_start(self) -> None:
+        """Wait until the process does what it is asked for; raises OSError if there is none."""
+        with self._lock:
+            process = self._started()
+        process.ready.wait(START_SECONDS)
+
+    def ask(
+        self, what: What, index: int, value: int = 0, then: Callable[[int], None] | None = None
+    ) -> Asked:
+        """Begin a call; raises OSError when it cannot be begun. Does not wait for the device."""
+        number = next(self._numbers)
+        asked = Asked(REQUEST.pack(number, what, index, value), then)
+        self._send(number, asked)
+        return asked
+
+    def close(self) -> None:
+        """End the process. Calls under way are not answered any more."""
+        with self._lock:
+            process, self._process = self._process, None
+            self._asked.clear()
+        if process is not None:
+            process.end()
+
+    def _started(self) -> _Process:
+        if self._process is None:
+            options = ["--lock-memory"] if self.lock_memory else []
+            self._process = _Process(options, self._on_answer, self._on_end)
+        return self._process
+
+    def _send(self, number: int, asked: Asked) -> None:
+        with self._lock:
+            asked.process = process = self._started()
+            self._asked[number] = asked
+            try:
+                process.send(asked.request)
+            except OSError:
+                del self._asked[number]
+                raise
+
+    def _on_answer(self, number: int, failure: int) -> None:
+        with self._lock:
+            asked = self._asked.pop(number, None)
+        if asked is not None:
+            asked.answer(failure)
+
+    def _on_end(self, process: _Process) -> None:
+        with self._lock:
+            if self._process is process:
+                self._process = None
+            process.close()
+            lost = {n: asked for n, asked in self._asked.items() if asked.process is process}
+            for number in lost:
+                del self._asked[number]
+        for number, asked in lost.items():
+            self._ask_again(number, asked)
+
+    def _ask_again(self, number: int, asked: Asked) -> None:
+        if asked.was_lost:
+            asked.answer(errno.ENOMEM)  # what kills one process after the other
+            return
+        asked.was_lost = True
         try:
-            if _libc.unshare(CLONE_FILES) < 0:
-                number = ctypes.get_errno()
-                raise OSError(number, os.strerror(number))
-            os.closerange(3, FD_MAX)
-            function()
-        except Exception as error:  # noqa: BLE001 - raised below
-            errors.append(error)
-        finally:
-            done.set()
+            self._send(number, asked)
+        except OSError as error:
+            asked.answer(error.errno or errno.EIO)
 
-    background.start(call)
-    done.wait()
-    if errors:
-        raise errors[0]
+
+class _Process:
+    """One life of it. Raises OSError when it cannot be started."""
+
+    def __init__(
+        self,
+        options: list[str],
+        on_answer: Callable[[int, int], None],
+        on_end: Callable[[_Process], None],
+    ) -> None:
+        self.ready = threading.Event()
+        self._on_answer = on_answer
+        self._on_end = on_end
+        self._gone = threading.Event()
+        self._socket, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-P", "-m", "reactor.attach.deviceio", *options]
+        with contextlib.ExitStack() as undo, its_end:
+            undo.callback(self._socket.close)
+            # Its own session: the terminal's signals are the controller's to act on.
+            self._child = subprocess.Popen(command, stdin=its_end.fileno(), start_new_session=True)
+            undo.callback(self._child.wait)
+            undo.callback(self._child.kill)
+            background.start(self._read)
+            undo.pop_all()
+
+    def send(self, request: bytes) -> None:
+        """Send a request; raises OSError ENOBUFS when too many are unread."""
+        try:
+            self._socket.send(request, socket.MSG_DONTWAIT)
+        except BlockingIOError as error:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS)) from error
+        except ConnectionError:
+            pass  # `_read` sees its end, too
+
+    def close(self) -> None:
+        """Have it end when it hears of that."""
+        self._socket.close()
+
+    def end(self) -> None:
+        """End it now."""
+        self._child.kill()
+        self._gone.wait(END_SECONDS)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, MemoryError):
+            while answer := self._socket.recv(ANSWER.size):
+                self.ready.set()
+                self._on_answer(*ANSWER.unpack(answer))
+        self.ready.set()
+        self._on_end(self)
+        self._child.wait()
+        self._gone.set()
+
+
+#: That of this process.
+DEVICE_IO: Final = DeviceIO()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
-import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from socket import socket
 from typing import ClassVar, Final, Literal, TypeVar
 
 from reactor.attach import occupants, sysfs
-from reactor.attach.apart import apart
+from reactor.attach.apart import DEVICE_IO
+from reactor.attach.deviceio import What
 from reactor.errors import DeviceError
 from reactor.protocol.wire import (
     NBD_FLAG_CAN_MULTI_CONN,
@@ -116,27 +114,15 @@ class Device(ABC):
 
     def probe(self) -> None:
         """Read the first block from the worker, past the page cache."""
-        length = sysfs.block_size(self.index)
-
-        def read() -> None:
-            with _opened(self.path, os.O_DIRECT) as fd, mmap.mmap(-1, length) as buffer:
-                if os.preadv(fd, [buffer], 0) != length:
-                    raise OSError(errno.EIO, "short read")
-
         try:
-            apart(read)
+            DEVICE_IO.ask(What.READ, self.index, sysfs.block_size(self.index)).wait()
         except OSError as error:
             raise self.failure("cannot be read", error) from error
 
     def flush(self) -> None:
         """Write back what the page cache holds for the device, and flush the disk."""
-
-        def write_back() -> None:
-            with _opened(self.path) as fd:
-                os.fsync(fd)
-
         try:
-            apart(write_back)
+            DEVICE_IO.ask(What.WRITE_BACK, self.index).wait()
         except OSError as error:
             raise self.failure("cannot be flushed, recent writes may be lost", error) from error
 
@@ -153,15 +139,6 @@ class Device(ABC):
                 users = occupants.users(self.path, self.index)
                 raise occupants.still_used(self.path, users)
             time.sleep(BUSY_PAUSE_SECONDS)
-
-
-@contextlib.contextmanager
-def _opened(path: str, flags: int = 0) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def device_path(index: int) -> str:

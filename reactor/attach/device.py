@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
-import threading
 from collections.abc import Sequence
 from socket import socket
 from typing import Final
 
-from reactor import background
 from reactor.attach import ioctl, netlink, occupants, sysfs
-from reactor.attach.apart import apart
+from reactor.attach.apart import DEVICE_IO
 from reactor.attach.block import Attachment, Device
+from reactor.attach.deviceio import What
 from reactor.errors import DeviceError
 from reactor.spec import AttachWay
 
-__all__ = ["Device", "adopt", "attach", "claims", "held"]
+__all__ = ["DEVICE_IO", "Device", "adopt", "attach", "claims", "held"]
 
 LOOK_SECONDS: Final = 0.2  # the controller's loop waits: an open of a device can hang
 
@@ -45,6 +43,7 @@ def attach(
     try:
         attachment = Attachment(tag, size, block_size, flags, kernel_ends, timeout, dead_timeout)
         attachment.check(device)
+        _prepare()
         return _attach(_index(device), way, attachment)
     finally:
         for end in kernel_ends:
@@ -63,6 +62,7 @@ def adopt(tag: str, *, patient: bool = False) -> Device | None:
         devices = [device for device in devices if device.is_configured()] or devices
     if not devices:
         return None
+    _prepare()
     if patient:
         netlink.set_io_timeout(devices[0].index)
     return devices[0]
@@ -77,30 +77,21 @@ def claims(path: str) -> list[str]:
     index = _index(path)
     assert index is not None
     found = occupants.claims(path, index)
-    return found or (["somebody"] if _is_claimed(path) else [])
+    return found or (["somebody"] if _is_claimed(index) else [])
 
 
-def _is_claimed(path: str) -> bool:
-    outcome = errno.EBUSY
-    ended = threading.Event()
+def _is_claimed(index: int) -> bool:
+    try:
+        DEVICE_IO.await_start()
+        DEVICE_IO.ask(What.LOOK, index).wait(LOOK_SECONDS)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV)
+    return False
 
-    def look() -> None:
-        nonlocal outcome
-        try:
-            os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-            outcome = 0
-        except OSError as error:
-            outcome = error.errno or errno.EIO
 
-    def look_apart() -> None:
-        with contextlib.suppress(OSError):
-            apart(look)
-        ended.set()
-
-    with contextlib.suppress(OSError):  # no memory for a thread
-        background.start(look_apart)
-        ended.wait(LOOK_SECONDS)
-    return outcome not in (0, errno.ENOENT, errno.ENXIO, errno.ENODEV)
+def _prepare() -> None:
+    with contextlib.suppress(OSError):  # what asks it tries again
+        DEVICE_IO.start()
 
 
 def held(prefix: str) -> list[str]:

@@ -6,14 +6,15 @@ Source: include/uapi/linux/nbd-netlink.h and drivers/block/nbd.c.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
 from socket import MSG_DONTWAIT, MSG_PEEK, socket
 from typing import Final
 
-from reactor import background
 from reactor.attach import occupants, sysfs
-from reactor.attach.apart import apart
+from reactor.attach.apart import DEVICE_IO
 from reactor.attach.block import Attachment, Device, while_busy
+from reactor.attach.deviceio import What
 from reactor.attach.genetlink import U32, U64, Family, attribute, nested
 from reactor.errors import DeviceError, reason
 from reactor.log import logger
@@ -99,22 +100,17 @@ def set_io_timeout(index: int) -> None:
     Since Linux 6.11 the kernel first awaits the requests in flight, which may wait for us.
     """
 
-    def set_it() -> None:
-        try:
-            sysfs.set_io_timeout(index, IO_TIMEOUT_MS)
-        except OSError as error:
-            warn(error)
-
-    def warn(error: OSError) -> None:
-        message = "/dev/nbd%d: I/O in flight will stall for 30 s when its worker dies: %s"
-        log.warning(message, index, reason(error))
+    def warn(failure: int) -> None:
+        if failure:
+            message = "/dev/nbd%d: I/O in flight will stall for 30 s when its worker dies: %s"
+            log.warning(message, index, os.strerror(failure))
 
     if sysfs.io_timeout(index) == IO_TIMEOUT_MS:
         return
     try:
-        background.start(lambda: apart(set_it))
+        DEVICE_IO.ask(What.SET_IO_TIMEOUT, index, IO_TIMEOUT_MS, warn)
     except OSError as error:
-        warn(error)
+        warn(error.errno or errno.EIO)
 
 
 class NetlinkDevice(Device):

@@ -75,11 +75,6 @@ def io_timeout(index: int) -> int:
     return int(_read(index, "queue/io_timeout") or 0)
 
 
-def set_io_timeout(index: int, milliseconds: int) -> None:
-    """Set after how long the block layer asks the driver about a request; raises OSError."""
-    (BLOCK / f"nbd{index}/queue/io_timeout").write_text(str(milliseconds))
-
-
 def announce(index: int) -> None:
     """Have udev look at the device again.
 

@@ -40,11 +40,13 @@ class Linux:
         self.cpus = os.cpu_count() or 1
         self._runtime = runtime
         self._launcher = Launcher(options, runtime.instance)
+        device.DEVICE_IO.lock_memory = options.lock_memory
         self._socket_buffer = SOCKET_BUFFER_OF_SWAP if options.lock_memory else SOCKET_BUFFER
 
     def close(self) -> None:
-        """End the spare process."""
+        """End the processes that are no workers."""
         self._launcher.close()
+        device.DEVICE_IO.close()
 
     # --- workers ---
 

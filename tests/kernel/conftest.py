@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from backends.api import COMMAND, FLAGS, Buffer, Channel, Disk, Owner, Request, SimpleChannel
-from reactor.attach.device import Device, attach
+from reactor.attach.device import DEVICE_IO, Device, attach
 from reactor.data.connection import Connection
 from reactor.loop import Reactor
 from reactor.protocol import wire
@@ -35,6 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("kernel"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _device_io() -> Iterator[None]:
+    """End the process that tests have made of this one need for their devices."""
+    yield
+    DEVICE_IO.close()
 
 
 class Memory(Disk):

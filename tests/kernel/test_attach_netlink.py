@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 
 from reactor.attach import sysfs
-from reactor.attach.device import Device, adopt, attach, held
+from reactor.attach.device import DEVICE_IO, Device, adopt, attach, held
 from reactor.attach.netlink import IO_TIMEOUT_MS, NetlinkDevice
 from reactor.errors import DeviceError
 from reactor.protocol import wire
 from reactor.spec import AttachWay
+from tests.deviceio import device_io, stopped
 from tests.kernel.conftest import FLAGS_ALL, MIB, SIZE, Attach, Server
 
 pytestmark = pytest.mark.kernel
@@ -293,20 +294,17 @@ def test_nobody_waits_until_the_kernel_has_taken_how_often_to_ask(
     monkeypatch: pytest.MonkeyPatch, attached: Attach
 ) -> None:
     """Since Linux 6.11 that first waits for the requests in flight, which may wait for us."""
-    taken = threading.Event()
-    with monkeypatch.context() as patch:
-        patch.setattr(sysfs, "set_io_timeout", lambda *_: taken.wait(WAIT_SECONDS))
-        attached().probe()
-        device = adopt(TAG, patient=True)
-        assert device is not None
+    DEVICE_IO.await_start()
+    with stopped(device_io()):
+        device = attached()
+        assert adopt(TAG, patient=True) is not None
         assert queue(device, "io_timeout") == "30000"
-    assert adopt(TAG, patient=True) is not None
     wait_until(lambda: queue(device, "io_timeout") == "1000")
-    taken.set()
-    said: list[int] = []
-    monkeypatch.setattr(sysfs, "set_io_timeout", lambda *_: said.append(1))
+    device.probe()
+    asked: list[object] = []
+    monkeypatch.setattr(DEVICE_IO, "ask", lambda *asking: asked.append(asking))
     assert adopt(TAG, patient=True) is not None
-    assert not said
+    assert not asked
 
 
 def test_another_programs_tag_protects_its_device(server: Server, attached: Attach) -> None:

@@ -146,25 +146,3 @@ def test_the_service_stops_and_keeps_the_devices(
 def writes(running: RunningService) -> int:
     statistics = running.rpc("reactor_get_disks", name="hung")[0]["statistics"]
     return int(statistics.get("writes", 0))
-
-
-def test_a_controller_that_dies_while_it_waits_for_a_device_makes_way(service: Start) -> None:
-    """Its thread in the kernel cannot be killed before the device answers."""
-    config = f"disks: {{{FAR}}}}}"
-    running = service(config)
-    run("dd", "if=/dev/urandom", "of=/dev/nbd2", "bs=64k", "count=16")
-    (worker,) = running.workers().values()
-    worker.suspend()
-    stopping = ctl_command(running.runtime_dir, "stop", "far")
-    with subprocess.Popen(stopping, stderr=subprocess.DEVNULL):
-        running.await_true(lambda: waits_for_device(running.process.pid))
-        running.process.kill()
-    assert waits_for_device(running.process.pid)
-    again = service(config, runtime_dir=running.runtime_dir)
-    again.rpc("reactor_start_disk", name="far")
-    fio_verify("/dev/nbd2", "4M")
-
-
-def waits_for_device(pid: int) -> bool:
-    states = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return any(state.rpartition(")")[2].split()[0] == "D" for state in states)
