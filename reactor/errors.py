@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable
 from typing import Final
 
+#: What is wanting now, and may be there later.
+SHORTAGES: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS)
 QUOTED_MAX: Final = 80  # characters of foreign text in a message
 
 
@@ -49,8 +51,13 @@ def error_number(error: BaseException) -> int:
     """Return the errno for `error`: EIO for what has none."""
     if isinstance(error, MemoryError):
         return errno.ENOMEM
-    number = error.errno if isinstance(error, OSError) else None
+    number = error.errno if isinstance(error, OSError | DeviceError) else None
     return number or errno.EIO
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether nothing is wrong but that there is no memory, or no descriptor, now."""
+    return error_number(error) in SHORTAGES
 
 
 def reason(error: BaseException) -> str:

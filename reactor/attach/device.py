@@ -18,6 +18,7 @@ from reactor.spec import AttachWay
 
 __all__ = ["DEVICE_IO", "Device", "adopt", "attach", "claims", "held"]
 
+SOMEBODY: Final = "somebody"
 LOOK_SECONDS: Final = 0.2  # the controller's loop waits: an open of a device can hang
 
 _PATH: Final = re.compile(r"/dev/nbd(0|[1-9][0-9]{0,5})")
@@ -54,7 +55,7 @@ def adopt(tag: str, *, patient: bool = False) -> Device | None:
     """Return the netlink device that the kernel holds under exactly this tag.
 
     `patient`: it has one connection and no timeout; who attached it may have died before the kernel
-    was told what that means.
+    was told what that means. Raises OSError or DeviceError when it cannot be known.
     """
     found = [i for i in sysfs.indexes() if sysfs.pid(i) is not None and sysfs.backend(i) == tag]
     devices = [netlink.NetlinkDevice(index, tag) for index in found]
@@ -72,12 +73,15 @@ def claims(path: str) -> list[str]:
     """Return what stands on a device, in words: mounts, swap, other devices.
 
     In whatever mount namespace, and by whatever name, as the kernel itself is asked. When it does
-    not say in time, somebody may.
+    not say in time, or that cannot be known, somebody may.
     """
     index = _index(path)
     assert index is not None
-    found = occupants.claims(path, index)
-    return found or (["somebody"] if _is_claimed(index) else [])
+    try:
+        found = occupants.claims(path, index)
+    except OSError:
+        return [SOMEBODY]
+    return found or ([SOMEBODY] if _is_claimed(index) else [])
 
 
 def _is_claimed(index: int) -> bool:
@@ -95,7 +99,10 @@ def _prepare() -> None:
 
 
 def held(prefix: str) -> list[str]:
-    """Return the tags that begin with `prefix` of all devices that the kernel holds."""
+    """Return the tags that begin with `prefix` of all devices that the kernel holds.
+
+    Raises OSError when that cannot be known.
+    """
     tags = [sysfs.backend(index) for index in sysfs.indexes() if sysfs.pid(index) is not None]
     return [tag for tag in tags if tag is not None and tag.startswith(prefix)]
 

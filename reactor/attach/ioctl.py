@@ -109,15 +109,21 @@ class IoctlDevice(Device):
         """Let the kernel begin; raises DeviceError when it does not, and releases the device."""
         # A daemon: a process that exits without detaching takes its devices with it.
         threading.Thread(target=self._hold, name=f"{self.path} DO_IT", daemon=True).start()
-        deadline = time.monotonic() + READY_SECONDS
-        while not sysfs.size(self.index) and not self._returned.is_set():
-            if time.monotonic() > deadline:
-                self.detach()
-                raise DeviceError(errno.ETIMEDOUT, f"{self.path} does not come up")
-            time.sleep(BUSY_PAUSE_SECONDS)
+        try:
+            self._await_size()
+        except (OSError, DeviceError):
+            self.detach()
+            raise
         if self._error is not None:
             self._released.wait(STOP_SECONDS)
             raise _refusal(self.path, self._error)
+
+    def _await_size(self) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        while not sysfs.size(self.index) and not self._returned.is_set():
+            if time.monotonic() > deadline:
+                raise DeviceError(errno.ETIMEDOUT, f"{self.path} does not come up")
+            time.sleep(BUSY_PAUSE_SECONDS)
 
     def reconnect(self, kernel_ends: Sequence[socket], worker_ends: Sequence[socket]) -> None:
         for end in kernel_ends:

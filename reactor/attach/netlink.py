@@ -5,6 +5,7 @@ Source: include/uapi/linux/nbd-netlink.h and drivers/block/nbd.c.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from reactor.attach.apart import DEVICE_IO
 from reactor.attach.block import Attachment, Device, while_busy
 from reactor.attach.deviceio import What
 from reactor.attach.genetlink import U32, U64, Family, attribute, nested
-from reactor.errors import DeviceError, reason
+from reactor.errors import DeviceError, is_shortage, reason
 from reactor.log import logger
 
 NBD_CMD_CONNECT: Final = 1
@@ -105,8 +106,9 @@ def set_io_timeout(index: int) -> None:
             message = "/dev/nbd%d: I/O in flight will stall for 30 s when its worker dies: %s"
             log.warning(message, index, os.strerror(failure))
 
-    if sysfs.io_timeout(index) == IO_TIMEOUT_MS:
-        return
+    with contextlib.suppress(OSError):
+        if sysfs.io_timeout(index) == IO_TIMEOUT_MS:
+            return
     try:
         DEVICE_IO.ask(What.SET_IO_TIMEOUT, index, IO_TIMEOUT_MS, warn)
     except OSError as error:
@@ -171,7 +173,9 @@ class NetlinkDevice(Device):
         """Whether the kernel would change anything of it: not when it was disconnected."""
         try:
             self._reconfigure("is disconnected")
-        except DeviceError:
+        except DeviceError as error:
+            if is_shortage(error):
+                raise
             return False
         return True
 

@@ -1,4 +1,7 @@
-"""Who uses an nbd device, in words for the operator. Looks only; opens no device."""
+"""Who uses an nbd device, in words for the operator. Looks only; opens no device.
+
+What decides something raises OSError when it cannot be known.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from reactor.attach import sysfs
-from reactor.errors import DeviceError
+from reactor.errors import DeviceError, is_shortage
 
 PROC: Final = Path("/proc")
 TAG_PREFIX: Final = "nbd-reactor:"
@@ -80,10 +83,7 @@ def listed(names: list[str]) -> str:
 
 
 def _table(name: str) -> list[list[str]]:
-    try:
-        lines = (PROC / name).read_text(errors="replace").splitlines()
-    except OSError:
-        return []
+    lines = (sysfs.text(PROC / name) or "").splitlines()
     return [line.split() for line in lines if line]
 
 
@@ -94,8 +94,9 @@ def _open_files(process: Path) -> Iterator[str]:
                 yield str(descriptor.readlink())
             except OSError:
                 continue
-    except OSError:  # ended, or another user's
-        return
+    except OSError as error:  # ended, or another user's
+        if is_shortage(error):
+            raise
 
 
 def _process(thread: int) -> str | None:

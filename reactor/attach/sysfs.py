@@ -1,8 +1,12 @@
-"""What /sys says about nbd devices. Files may vanish at any moment: that reads as "not there"."""
+"""What /sys says about nbd devices. Files may vanish at any moment: that reads as "not there".
+
+Everything raises OSError when it cannot be known, for want of descriptors above all.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from pathlib import Path
 from typing import Final
@@ -10,6 +14,9 @@ from typing import Final
 BLOCK: Final = Path("/sys/block")
 MODULE: Final = Path("/sys/module/nbd")  # also there when the driver is built in
 SECTOR: Final = 512  # bytes; the unit of `size` whatever the block size
+
+#: What a file answers that is not there, or not any more. Else nothing is known of it.
+ABSENT: Final = (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO)
 
 _NAME: Final = re.compile(r"nbd(0|[1-9][0-9]{0,5})")
 
@@ -21,11 +28,7 @@ def driver_present() -> bool:
 
 def indexes() -> list[int]:
     """Return the indexes of all nbd devices, configured or not."""
-    try:
-        names = [path.name for path in BLOCK.iterdir()]
-    except OSError:
-        return []
-    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+    return sorted(int(match[1]) for name in names(BLOCK) if (match := _NAME.fullmatch(name)))
 
 
 def pid(index: int) -> int | None:
@@ -61,8 +64,8 @@ def in_flight(index: int) -> int:
 def holders(index: int) -> list[str]:
     """Return the block devices that are built on this one or on a partition of it."""
     disk = BLOCK / f"nbd{index}"
-    found = [*disk.glob("holders/*"), *disk.glob(f"nbd{index}p*/holders/*")]
-    return sorted(path.name for path in found)
+    parts = [disk / name for name in names(disk) if name.startswith(f"nbd{index}p")]
+    return sorted(name for part in (disk, *parts) for name in names(part / "holders"))
 
 
 def is_free(index: int) -> bool:
@@ -84,9 +87,26 @@ def announce(index: int) -> None:
         (BLOCK / f"nbd{index}/uevent").write_text("change")
 
 
-def _read(index: int, name: str) -> str | None:
+def names(folder: Path) -> list[str]:
+    """Return the names in a folder; none when it is not there."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError as error:
+        if error.errno in ABSENT:
+            return []
+        raise
+
+
+def text(path: Path) -> str | None:
+    """Return what is in a file; None when it is not there."""
     try:
         # Binary: a backend tag is whatever its owner wrote.
-        return (BLOCK / f"nbd{index}" / name).read_bytes().decode(errors="replace").strip()
-    except OSError:
-        return None
+        return path.read_bytes().decode(errors="replace").strip()
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+
+
+def _read(index: int, name: str) -> str | None:
+    return text(BLOCK / f"nbd{index}" / name)

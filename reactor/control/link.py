@@ -15,7 +15,7 @@ from reactor.control.shares import ANSWER_SECONDS, DRAIN_SECONDS, Geometry, Shar
 from reactor.control.slots import Delivery, Slot, drop
 from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess
-from reactor.errors import DeviceError, reason
+from reactor.errors import DeviceError, is_shortage, reason
 from reactor.log import logger
 from reactor.messages import Message
 from reactor.spec import DiskSpec
@@ -25,10 +25,11 @@ PROBE_SECONDS: Final = 30.0
 FLUSH_SECONDS: Final = 60.0
 DETACH_SECONDS: Final = 30.0
 RETRY_SECONDS: Final = 0.05
+SHORTAGE_SECONDS: Final = 1.0
 DYING_SECONDS: Final = 1.0  # from one try to reach a worker that is dying to the next
 TRIES_MAX: Final = 200
 TRIES_PER_COUNT: Final = 10
-HANDOVER_TRIES: Final = 200
+HANDOVER_TRIES: Final = 200  # while a queue is full (net.unix.max_dgram_qlen), say
 PROBES_MAX: Final = 5
 STEADY_SECONDS: Final = 10.0  # a connection that lasted so long was a good one
 
@@ -253,8 +254,8 @@ class DeviceLink:
                 return
             if self._waits(error, PROBE_SECONDS):
                 return
-            self._failed_probes += 1
-            if device.can_reconnect or self._failed_probes >= PROBES_MAX:
+            self._failed_probes += not is_shortage(error)
+            if device.can_reconnect or is_shortage(error) or self._failed_probes >= PROBES_MAX:
                 self._on_failed(error)
                 return
             self._attach_anew(device, error)
@@ -285,6 +286,15 @@ class DeviceLink:
             return False
         log.warning("disk %s waits: %s", self._disk, reason(error))
         self._errand.pause(RETRY_SECONDS)
+        return True
+
+    def _lacks(self, error: Exception | None) -> bool:
+        """Try again for as long as I/O would wait if it failed for want of something."""
+        if error is None or not is_shortage(error) or self._waited >= self._dead_timeout:
+            return False
+        self._waited += SHORTAGE_SECONDS
+        log.warning("disk %s waits: %s", self._disk, reason(error))
+        self._errand.pause(SHORTAGE_SECONDS)
         return True
 
     def _attach_anew(self, device: Device, error: Exception) -> None:
@@ -339,8 +349,10 @@ class DeviceLink:
         """Take the device from the kernel."""
 
         def detached(_: None, error: Exception | None) -> None:
-            self.device = None
-            self.probed = self._detaching = False
+            self._detaching = False
+            if self._lacks(error):
+                return
+            self.device, self.probed = None, False
             if error is not None:
                 log.error("disk %s: %s", self._disk, reason(error))
 
@@ -372,6 +384,8 @@ class DeviceLink:
 
     def _flush(self, device: Device) -> None:
         def flushed(_: None, error: Exception | None) -> None:
+            if self._lacks(error):
+                return
             self.flushed = True
             if error is not None:
                 log.error("disk %s: %s", self._disk, reason(error))
@@ -387,14 +401,11 @@ class DeviceLink:
             delivery = deliveries[0]
             try:
                 self._deliver(delivery)
-            except BlockingIOError:  # its queue is full (net.unix.max_dgram_qlen)
-                if tries:
+            except OSError as error:
+                if tries and (isinstance(error, BlockingIOError) or is_shortage(error)):
                     again = partial(self._hand_over, deliveries, tries - 1)
                     self._errand.pause(RETRY_SECONDS, again)
                     return
-                core = delivery.share.worker.core
-                log.warning("disk %s: worker core %d takes no sockets", self._disk, core)
-            except OSError as error:
                 # The worker died; the kernel sees its link dead, and a later step tries again.
                 pause = DYING_SECONDS
                 log.warning("disk %s: handing over a socket: %s", self._disk, reason(error))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import Final
 
-from reactor.errors import reason
+from reactor.errors import SHORTAGES, error_number, reason
 
 # EBUSY: what a dead worker had begun keeps its file until the medium has done it.
-AWAITED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EBUSY)
+AWAITED: Final = (*SHORTAGES, errno.EBUSY)
 
 
 class Waiting:
@@ -26,7 +27,7 @@ class Waiting:
 
     def bears(self, error: Exception, seconds: float) -> bool:
         """Whether `error` may pass, and it is no longer since the first that did."""
-        if getattr(error, "errno", None) not in AWAITED:
+        if error_number(error) not in AWAITED:
             return False
         self._shortage = reason(error)
         now = self._clock()
