@@ -44,7 +44,7 @@ def users(path: str, index: int) -> list[str]:
 
 def claims(path: str, index: int) -> list[str]:
     """Return what stands on the device: mounts, swap, stacked devices."""
-    stacked = [f"/dev/{name}" for name in sysfs.holders(index)]
+    stacked = [f"/dev/{name}" for name in [*sysfs.holders(index), *loops(path)]]
     return [*(f"the mount {mount}" for mount in mounts(path)), *swap(path), *stacked]
 
 
@@ -57,6 +57,11 @@ def swap(path: str) -> list[str]:
     """Return a word for each swap area on the device or a partition of it."""
     areas = [fields[0] for fields in _table("swaps") if _is_device(fields[0], path)]
     return [f"the swap on {area}" for area in areas]
+
+
+def loops(path: str) -> list[str]:
+    """Return the loop devices on the device or a partition of it: the kernel names no holder."""
+    return [name for name, file in sysfs.loop_files() if _is_device(file, path)]
 
 
 def processes_with(path: str) -> list[str]:

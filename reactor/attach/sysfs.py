@@ -68,6 +68,13 @@ def holders(index: int) -> list[str]:
     return sorted(name for part in (disk, *parts) for name in names(part / "holders"))
 
 
+def loop_files() -> list[tuple[str, str]]:
+    """Return the loop devices that have a file, each with its path."""
+    found = sorted(name for name in names(BLOCK) if name.startswith("loop"))
+    files = ((name, text(BLOCK / name / "loop/backing_file")) for name in found)
+    return [(name, file) for name, file in files if file is not None]
+
+
 def is_free(index: int) -> bool:
     """Whether nothing is configured, in flight or built on the device."""
     return pid(index) is None and not (size(index) or in_flight(index) or holders(index))

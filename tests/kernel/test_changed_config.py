@@ -12,6 +12,7 @@ import pytest
 
 from tests.client import Client
 from tests.commands import attached, ctl, run
+from tests.kernel.media import load_drivers, needs_drivers
 from tests.mounting import mounted_new, swapped_to
 from tests.running import RunningService
 
@@ -132,6 +133,17 @@ def mounted_by_another_name(device: str, at: Path) -> Iterator[Path]:
         link.unlink()
 
 
+@contextmanager
+def mounted_through_a_loop_device(device: str, at: Path) -> Iterator[Path]:
+    load_drivers(at.parent, "loop")
+    loop = run("losetup", "--find", "--show", device).strip()
+    try:
+        with mounted_new(loop, at):
+            yield at
+    finally:
+        run("losetup", "--detach", loop)
+
+
 Use = Callable[[str, Path], AbstractContextManager[object]]
 
 
@@ -141,6 +153,7 @@ Use = Callable[[str, Path], AbstractContextManager[object]]
         (mounted_new, "the mount {}"),
         (mounted_by_another_name, "somebody"),
         (lambda device, _at: swapped_to(device), "the swap"),
+        pytest.param(mounted_through_a_loop_device, "/dev/loop", marks=needs_drivers),
     ],
 )
 def test_a_device_in_use_is_not_taken_from_its_users(

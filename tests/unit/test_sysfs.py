@@ -31,6 +31,9 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "block/nbd7/nbd7p1/holders/dm-1": "",
         "block/nbd77/holders/dm-2": "",
         "block/loop0/size": "0\n",
+        "block/loop1/loop/backing_file": "/dev/nbd7\n",
+        "block/loop2/loop/backing_file": "/dev/nbd7p1\n",
+        "block/loop3/loop/backing_file": "/dev/nbd77\n",
         "proc/self/mounts": "\n".join(MOUNTED),
         "proc/swaps": "Filename Type\n/dev/nbd7p2 partition\n",
     }.items():
@@ -93,6 +96,7 @@ def test_a_device_of_which_nothing_is_known_may_be_in_use(monkeypatch: pytest.Mo
 
 def test_claims_are_of_the_device_and_its_partitions() -> None:
     claims = ["the mount /mnt", "the swap on /dev/nbd7p2", "/dev/dm-0", "/dev/dm-1"]
+    claims += ["/dev/loop1", "/dev/loop2"]
     assert occupants.claims("/dev/nbd7", 7) == claims
-    assert occupants.claims("/dev/nbd77", 77) == ["the mount /other", "/dev/dm-2"]
+    assert occupants.claims("/dev/nbd77", 77) == ["the mount /other", "/dev/dm-2", "/dev/loop3"]
     assert sysfs.indexes() == [7, 77]
