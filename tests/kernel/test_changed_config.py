@@ -184,18 +184,24 @@ def test_a_device_in_use_is_not_taken_from_its_users(
     running.await_state("x", "online")
 
 
+def two_disks(x: str, y: str, more: str = "") -> str:
+    """Return a config of two memory disks on these devices."""
+    keys = f"backend: malloc, size: 16MiB{more}"
+    return f"disks:\n  x: {{{keys}, device: {x}}}\n  y: {{{keys}, device: {y}}}\n"
+
+
+def await_devices(running: RunningService, **devices: str) -> None:
+    def found() -> dict[str, str]:
+        disks = running.rpc("reactor_get_disks")
+        return {disk["name"]: disk["device"] for disk in disks if disk["state"] == "online"}
+
+    running.await_true(lambda: found() == devices)
+
+
 def test_a_device_that_stays_is_kept_from_others(service: Start, tmp_path: Path) -> None:
     """Two disks cannot exchange their devices while one is mounted; both stay as they were."""
-
-    def disks(*devices: str) -> str:
-        lines = (
-            f"  {name}: {{backend: malloc, size: 16MiB, device: {device}}}\n"
-            for name, device in zip("xy", devices, strict=True)
-        )
-        return f"disks:\n{''.join(lines)}"
-
-    running = service(disks("/dev/nbd0", "/dev/nbd1"))
-    exchanged = disks("/dev/nbd1", "/dev/nbd0")
+    running = service(two_disks("/dev/nbd0", "/dev/nbd1"))
+    exchanged = two_disks("/dev/nbd1", "/dev/nbd0")
     with mounted_new("/dev/nbd0", tmp_path / "mount"), Path("/dev/nbd1").open("rb") as other:
         running.config_path.write_text(exchanged)
         answer = running.rpc_raw("reactor_reload")["error"]["message"]
@@ -203,13 +209,42 @@ def test_a_device_that_stays_is_kept_from_others(service: Start, tmp_path: Path)
         assert "disk y stays as it was: disk x keeps /dev/nbd0" in answer
         assert other.read(4096) == bytes(4096)
     running.rpc("reactor_reload")
-    for name, device in (("x", "/dev/nbd1"), ("y", "/dev/nbd0")):
-        running.await_true(
-            lambda name=name, device=device: (
-                running.rpc("reactor_get_disks", name=name)[0]["device"] == device
-            )
-        )
-        running.await_state(name, "online")
+    await_devices(running, x="/dev/nbd1", y="/dev/nbd0")
+
+
+def test_a_second_reload_keeps_to_the_devices_of_the_first(service: Start) -> None:
+    running = service(two_disks("/dev/nbd0", "/dev/nbd1"))
+    running.config_path.write_text(two_disks("/dev/nbd2", "/dev/nbd3", ", dead_timeout: 60"))
+    for _ in range(2):
+        running.rpc("reactor_reload")
+    await_devices(running, x="/dev/nbd2", y="/dev/nbd3")
+
+
+def test_the_first_free_device_is_none_that_another_names(service: Start) -> None:
+    running = service(two_disks("/dev/nbd4", "/dev/nbd5"))
+    worker = running.workers()[0]
+    worker.suspend()  # what y has to do takes long
+    running.config_path.write_text(two_disks("auto", "/dev/nbd0", ", dead_timeout: 60"))
+    running.rpc("reactor_reload")
+    worker.resume()
+    await_devices(running, x="/dev/nbd1", y="/dev/nbd0")
+
+
+def test_a_disk_that_is_taken_out_stays_while_it_is_mounted(service: Start, tmp_path: Path) -> None:
+    running = service(disk("malloc", size="16MiB"))
+    with mounted_new("/dev/nbd0", tmp_path / "mount") as mount:
+        running.config_path.write_text("disks: {}\n")
+        answer = running.rpc_raw("reactor_reload")["error"]["message"]
+        assert "disk x stays as it was: /dev/nbd0 is in use by the mount" in answer
+        assert "the config has the disk no more" in answer
+        end_both(running)
+        again = service("disks: {}\n", runtime_dir=running.runtime_dir)
+        assert "no more" in again.await_state("x", "online")["reason"]
+        (mount / "file").write_bytes(b"m" * LENGTH)
+        os.sync()
+    again.rpc("reactor_reload")
+    again.await_true(lambda: again.rpc("reactor_get_disks") == [])
+    assert not attached("/dev/nbd0")
 
 
 def test_a_size_on_its_way_brings_no_device_back(service: Start) -> None:
