@@ -91,7 +91,7 @@ def test_a_start_does_not_believe_that_the_kernel_holds_nothing(
                     ["prlimit", f"--nofile={limit}:{limit}", *command], stdout=file, stderr=file
                 )
                 try:
-                    assert starting.wait(START_SECONDS) == 1, log.read_text()
+                    assert starting.wait(START_SECONDS) != 0, log.read_text()
                 except subprocess.TimeoutExpired:  # it could start
                     break
                 finally:
