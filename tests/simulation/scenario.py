@@ -357,4 +357,5 @@ def _logged_to(world: World) -> Iterator[None]:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        log.handlers, log.level, log.propagate = before
+        log.handlers, level, log.propagate = before
+        log.setLevel(level)
