@@ -23,7 +23,7 @@ from tests.simulation.processes import WorkerProcess
 from tests.simulation.scenario import Scenario
 from tests.simulation.storage import Storage, Store
 
-SEEDS = 6000
+SEEDS = 12000
 
 Patch = pytest.MonkeyPatch
 
