@@ -81,6 +81,7 @@ class Shares:
         on_failed: Callable[[Exception], None],
     ) -> None:
         self.listen = spec.listen  # where its leader should
+        self._earlier = spec.listen  # ... when this controller began
         self.geometry = Geometry()
         self.has_storage = self._had_storage = False  # a worker has opened the disk, or may have
         self._errand = errand
@@ -104,8 +105,9 @@ class Shares:
 
     @property
     def addresses(self) -> set[Address]:
-        """Where a worker listens for its clients."""
-        return {address for share in self._all for address in share.listen}
+        """Where a worker listens for its clients, or may."""
+        earlier = self._earlier if self.unknown else ()
+        return {*earlier, *(address for share in self._all for address in share.listen)}
 
     @property
     def opened(self) -> list[Share]:

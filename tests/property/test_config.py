@@ -73,6 +73,8 @@ def disks(draw: Callable[..., object]) -> tuple[DiskSpec, ...]:
             )
         )
         assert isinstance(common, dict)
+        if "path" in options:
+            options = {**options, "path": f"{options['path']}{index}"}
         specs.append(DiskSpec(name, backend, options, **common))
     return tuple(specs)
 

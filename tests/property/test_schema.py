@@ -95,6 +95,9 @@ def configs(draw: Any) -> dict[str, Any]:
         if required and required not in defaults:
             disk[required] = draw(own.pop(required))
         disks[name] = {**disk, **draw(kinds({}, optional={**COMMON, **own}))} or None
+    files = [n for n in disks if {**defaults, **(disks[n] or {})}.get("backend") == "file"]
+    for name in files[1:]:  # an image has one writer
+        disks[name] = {**(disks[name] or {}), "path": f"{name}.raw"}
     return {key: value or None for key, value in (("defaults", defaults), ("disks", disks))}
 
 
@@ -164,6 +167,8 @@ def test_what_the_reader_takes_the_schema_takes(config: dict[str, Any]) -> None:
 def test_what_the_reader_refuses_the_schema_refuses(config: dict[str, Any]) -> None:
     text = yaml.safe_dump(config)
     reader, schema = reader_takes(text), schema_takes(text)
+    # What disks may not have together no schema can say.
+    reader = "\n".join(line for line in reader.splitlines() if "is also the path" not in line)
     event("refused" if reader else "taken")
     assert bool(reader) == bool(schema), f"{text}\nreader: {reader}\nschema: {schema}"
 

@@ -158,6 +158,7 @@ def test_a_killed_worker_takes_only_its_own_clients(
     assert dies.at_end()
     for _ in range(100):
         assert lives.read(0, 8192) == b"o" * 4096 + b"m" * 4096
+    running.await_line("was ended by signal 9")
     running.await_true(lambda: len(running.workers()) == 2)
     again = running.await_state("w", "online")
     assert again["cores"] == disk["cores"]
