@@ -18,6 +18,13 @@ def test_what_is_said_of_the_units_is_so(page: Path) -> None:
         assert all(setting in unit for unit in UNITS), setting
 
 
+def test_the_units_wait_for_the_addresses_to_listen_on() -> None:
+    for unit in UNITS:
+        for key in ("After", "Wants"):
+            (line,) = (line for line in unit if line.startswith(f"{key}="))
+            assert "network-online.target" in line
+
+
 def test_something_is_said_of_them() -> None:
     said = {each for page in DEPLOY.glob("*.md") for each in SETTING.findall(page.read_text())}
     assert {"KillMode=process", "Restart=on-failure"} <= said
