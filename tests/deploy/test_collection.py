@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ PLAYBOOKS = sorted((COLLECTION / "playbooks").glob("*.yml"))
 BIN = Path(sys.executable).parent
 
 
-def run(*words: str | Path, home: Path) -> str:
+def run(*words: str | Path, home: Path, status: int = 0) -> str:
     """Run a command of Ansible's in the collection, with nothing of this user's settings."""
     environment = os.environ | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -35,7 +36,7 @@ def run(*words: str | Path, home: Path) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
@@ -46,6 +47,27 @@ def test_the_linter_has_no_complaint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("playbook", PLAYBOOKS, ids=lambda path: path.stem)
 def test_playbooks_have_no_syntax_error(playbook: Path, tmp_path: Path) -> None:
     run("ansible-playbook", "--syntax-check", playbook, home=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("disks", "said"),
+    [
+        ({"data": "malloc"}, "backend: malloc, unlike data."),
+        ({"data": {"path": 5}, "other": {"path": "/srv/a/b"}}, "text, unlike that of data."),
+        ({"data": {"path": "/data.img"}}, "directory of their own, not /."),
+        ({"data": {"path": "/srv/../home/data.img"}}, "sees no home"),
+        ({"data": {"path": "data.img"}}, "unlike data.img."),
+    ],
+)
+def test_disks_that_cannot_be_right_are_refused_with_their_names(
+    disks: dict, said: str, tmp_path: Path
+) -> None:
+    variables = json.dumps({"nbd_reactor_disks": disks, "ansible_become": False})
+    local = ("--inventory", "localhost,", "--connection", "local", "--extra-vars", variables)
+    play = tmp_path / "play.yml"
+    task = {"include_role": {"name": str(ROLE), "tasks_from": "preflight.yml"}}
+    play.write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, "tasks": [task]}]))
+    assert said in run("ansible-playbook", *local, play, home=tmp_path, status=2)
 
 
 def test_the_readme_names_every_playbook() -> None:
@@ -80,7 +102,7 @@ def test_the_collection_holds_the_role_and_the_playbooks(tmp_path: Path) -> None
     names_wanted = {str(path.relative_to(COLLECTION)) for path in wanted} | {"CHANGELOG.md"}
     assert not names_wanted - names
     assert not [name for name in names if name.endswith((".pyc", ".retry"))]
-    assert not [name for name in names if name.startswith(("inventory", "playbooks/results"))]
+    assert not [name for name in names if name.startswith(("inventory", "results"))]
     run("ansible-galaxy", "collection", "install", "--offline", package, home=tmp_path)
     installed = run(
         *("ansible-doc", "--type", "role", "nbd_reactor.nbd_reactor.nbd_reactor"), home=tmp_path
