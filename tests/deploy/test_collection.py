@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -74,6 +75,12 @@ def test_the_readme_names_every_playbook() -> None:
     text = (COLLECTION / "README.md").read_text()
     assert PLAYBOOKS
     assert not [path.stem for path in PLAYBOOKS if f"| `{path.stem}` |" not in text]
+
+
+def test_the_readme_leads_to_nothing_that_the_collection_does_not_hold() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", (COLLECTION / "README.md").read_text())
+    outside = [link for link in links if link.startswith(("..", "/"))]
+    assert not outside
 
 
 def test_the_specification_says_what_the_defaults_are() -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +25,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     monkeypatch.setattr(sys, "base_prefix", "/usr")
-    for name in ("block", "releases"):
+    for name in ("block", "releases", "memory"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(module, name.upper(), tmp_path / name)
     monkeypatch.setattr(module, "INSTANCE", tmp_path / "instance")
@@ -128,6 +129,78 @@ def test_names_that_fstab_has_are_used(host: ModuleType) -> None:
     assert host.used("[]") == []
 
 
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("/dev/nbd3", True),
+        ("/dev/nbd3p1", True),
+        ("UUID=0b9a", True),
+        ("LABEL=here", True),
+        ("LABEL=unknown", False),
+        ("/dev/nbd4", False),  # of another service
+        ("/dev/nbd33", False),
+        ("server:/export", False),
+        ("#/dev/nbd3", False),
+    ],
+)
+def test_devices_that_fstab_has_by_other_names_are_used(
+    host: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, *, found: bool
+) -> None:
+    attach(host, "nbd3", "nbd-reactor:0123abcd:0:data")
+    attach(host, "nbd4", "nbd-reactor:another0:0:data")
+    findfs = tmp_path / "findfs"
+    findfs.write_text("#!/bin/sh\ncase $1 in *unknown) exit 1 ;; esac; echo /dev/nbd3p2\n")
+    findfs.chmod(0o755)
+    monkeypatch.setattr(host, "FINDFS", findfs)
+    host.FSTAB.write_text(f"{source} /srv/data ext4 defaults 0 2\n")
+    assert host.used() == [f"{host.FSTAB} has {source} for /srv/data"] * found
+
+
+def test_what_outlived_the_service_is_named(
+    host: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "PROC", tmp_path / "proc")
+    assert host.left() == []
+    attach(host, "nbd0", "nbd-reactor:another0:0:data")
+    attach(host, "nbd1", "somebody")
+    (host.MEMORY / "nbd-reactor-data").touch()
+    (host.MEMORY / "other").touch()
+    (tmp_path / "proc/10").mkdir(parents=True)
+    line = "7f00 r-xp 0 08:01 1 /opt/nbd-reactor/releases/1-a/lib/yaml.so"
+    (tmp_path / "proc/10/maps").write_text(f"{line}\n")
+    (tmp_path / "proc/10/cmdline").write_text("nbd-reactor: worker\0")
+    assert host.left() == [
+        "process 10 (nbd-reactor: worker)",
+        "/dev/nbd0 (nbd-reactor:another0:0:data)",
+        str(host.MEMORY / "nbd-reactor-data"),
+    ]
+
+
+def test_disks_that_are_not_online_are_told_with_the_reason(
+    host: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = [
+        {"name": "well", "state": "online", "reason": "device: it stays as it was"},
+        {"name": "ill", "state": "failed", "reason": "no such file"},
+        {"name": "7", "state": "starting", "reason": ""},
+    ]
+    client = tmp_path / "client"
+    monkeypatch.setattr(host, "CLIENT", client)
+    assert "No such file" in host.online("0", '["well"]')[0]
+    client.write_text(f"#!/bin/sh\necho '{json.dumps(listed)}'\n")
+    client.chmod(0o755)
+    assert host.online("0", '["well"]') == []
+    assert host.online("0", '["well", "ill", 7, "late"]') == [
+        "ill (no such file)",
+        "7 (starting)",
+        "late (gone)",
+    ]
+    client.write_text("#!/bin/sh\necho no service >&2; exit 1\n")
+    before = time.monotonic()
+    assert host.online("1", '["well"]') == ["no service"]
+    assert 1 <= time.monotonic() - before < 30
+
+
 def test_files_and_links_are_placed_once(host: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "unit").write_text("first")
     files = json.dumps({str(tmp_path / "etc/system/unit"): "unit"})
@@ -162,6 +235,27 @@ def test_what_changed_since_the_service_took_it_is_untaken(
     link.unlink()
     link.symlink_to("two")
     assert host.untaken(files) == [str(link)]
+
+
+def test_what_the_service_took_can_be_put_back(host: ModuleType, tmp_path: Path) -> None:
+    unit, link, late = tmp_path / "unit", tmp_path / "current", tmp_path / "late"
+    files = json.dumps([str(unit), str(link), str(late)])
+    assert host.restore() == []  # nothing is noted
+    unit.write_bytes(b"first \xff")
+    unit.chmod(0o640)
+    link.symlink_to("one")
+    host.taken(files)
+    assert host.restore() == []
+    unit.write_text("second")
+    link.unlink()
+    link.symlink_to("two")
+    late.touch()
+    assert host.restore() == [str(unit), str(link), str(late)]
+    assert unit.read_bytes() == b"first \xff"
+    assert unit.stat().st_mode & 0o777 == 0o640
+    assert link.readlink() == Path("one")
+    assert not late.exists()
+    assert host.TAKEN.stat().st_mode & 0o777 == 0o600  # it holds what only root may read
 
 
 def test_old_releases_are_those_beside_the_current_and_the_youngest(host: ModuleType) -> None:

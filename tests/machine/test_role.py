@@ -13,8 +13,9 @@ from tests.machine.machine import Machine
 from tests.machine.operator import Operator, changes
 
 LONG = pytest.mark.timeout(1800)
+ONLY_ADD = ("--skip-tags", "nbd_reactor_install,nbd_reactor_disks")
 MOUNT = "/srv/data"
-DISKS = {
+DISKS: dict[str, dict[str, Any]] = {
     "data": {
         "backend": "file",
         "path": "/srv/images/data.img",
@@ -41,6 +42,13 @@ find /dev/shm /run/nbd-reactor* /run/systemd/system /run/tmpfiles.d 2>/dev/null
 systemctl list-unit-files --no-legend; getent passwd; getent group
 ps -eo args | grep '[n]bd-reactor'
 """
+#: A release whose program can check a config but not run.
+BROKEN = """\
+#!/bin/sh
+case " $* " in *" --check "*) exec /opt/nbd-reactor/releases/{whole}/bin/nbd-reactor "$@" ;; esac
+echo this release is broken
+exit 1
+"""
 CONTENT = "find /etc /opt -type f -exec sha256sum {} + ; find /etc /opt -type l -printf '%p %l\\n'"
 
 
@@ -62,9 +70,11 @@ def bare(operator: Operator, machine: Machine) -> str:
 def test_check_mode_on_a_fresh_host_foretells_and_changes_nothing(
     operator: Operator, machine: Machine, bare: str
 ) -> None:
-    said = operator.play("install", "--check")
+    disk = ("-e", "add_disk_name=data", "-e", f"add_disk_at={MOUNT}")
+    said = operator.play("add_disk", "--check", *disk)
     assert changes(said) > 0
     assert "path: /srv/images/data.img" in said
+    assert "data has no device before it is started" in said
     assert machine.run(LISTING) == bare
 
 
@@ -77,10 +87,15 @@ def test_a_disk_is_installed_and_carries_a_file_system_through_a_reboot(
     machine.run("sed -i s/_netdev/noatime,_netdev/ /etc/fstab")
     assert changes(operator.play("add_disk", *disk)) == 0
     assert "noatime" in machine.run("grep by-nbd/data /etc/fstab")  # the operator's line stays
+    machine.run(f"chmod 0700 {MOUNT}")
+    assert changes(operator.play("add_disk", "--check", *disk, *ONLY_ADD)) == 0
+    assert changes(operator.play("add_disk", *disk, *ONLY_ADD)) == 0
+    assert machine.run(f"stat -c %a {MOUNT}") == "700"
     machine.run(f"echo kept >{MOUNT}/file && sync")
     machine.reboot()
     assert machine.run(f"findmnt -no FSTYPE,SOURCE {MOUNT}").split() == ["ext4", "/dev/nbd0"]
     assert machine.run(f"cat {MOUNT}/file") == "kept"
+    assert machine.run("journalctl -b -g 'ordering cycle' -o cat || true") == ""
     assert machine.run("nbd-reactor --version; man -w nbd-reactor") != ""
 
 
@@ -88,10 +103,10 @@ def test_a_disk_is_installed_and_carries_a_file_system_through_a_reboot(
 def test_a_file_system_is_mounted_as_what_it_is_and_nothing_else_is(
     operator: Operator, machine: Machine
 ) -> None:
-    only_add = ("--skip-tags", "nbd_reactor_install,nbd_reactor_disks")
-    disk = ("-e", "add_disk_name=raw", "-e", "add_disk_at=/srv/raw", *only_add)
+    disk = ("-e", "add_disk_name=raw", "-e", "add_disk_at=/srv/raw", *ONLY_ADD)
     machine.run("mkswap -q /dev/disk/by-nbd/raw")
     before = machine.run("cat /etc/fstab")
+    assert "but TYPE=swap" in operator.play("add_disk", "--check", *disk, fails=True)
     assert "but TYPE=swap" in operator.play("add_disk", *disk, fails=True)
     assert machine.run("cat /etc/fstab") == before
     machine.run("wipefs -qa /dev/disk/by-nbd/raw && mkfs.ext2 -q /dev/disk/by-nbd/raw")
@@ -114,6 +129,24 @@ def test_bad_disks_are_refused_before_anything_changes(
     said = operator.play("install", fails=True, nbd_reactor_disks={"raw": DISKS["raw"]})
     assert f"mounted at {MOUNT}" in said
     assert machine.run(CONTENT) == before
+
+
+@LONG
+def test_an_image_moves_when_nobody_uses_it_any_more(operator: Operator, machine: Machine) -> None:
+    play = ("install", "--tags", "nbd_reactor_disks")
+    machine.run("mkdir /srv/moved && cp --sparse=always /srv/images/data.img /srv/moved")
+    moved = {**DISKS, "data": {**DISKS["data"], "path": "/srv/moved/data.img"}}
+    writable = "grep -c /srv/images /etc/systemd/system/nbd-reactor.service.d/50-disks.conf || true"
+    said = operator.play(*play, fails=True, nbd_reactor_disks=moved)
+    assert f"disk data stays as it was: /dev/nbd0 is in use by the mount {MOUNT}" in said
+    assert machine.run(f"echo 1 >/proc/sys/vm/drop_caches; cat {MOUNT}/file") == "kept"
+    assert machine.run(writable) == "2"
+    machine.run(f"umount {MOUNT} && cp --sparse=always /srv/images/data.img /srv/moved")
+    assert changes(operator.play(*play, nbd_reactor_disks=moved)) > 0
+    assert machine.run(writable) == "0"
+    assert changes(operator.play(*play, nbd_reactor_disks=moved)) == 0
+    operator.play(*play)
+    machine.run(f"mountpoint -q {MOUNT} || mount {MOUNT}; rm -r /srv/moved")
 
 
 @LONG
@@ -142,14 +175,18 @@ def test_a_disk_is_measured_and_not_written_to_while_it_is_mounted(
     operator: Operator, tmp_path: Path
 ) -> None:
     settings = ("-e", "benchmark_seconds=1", "-e", f"benchmark_results={tmp_path}/results")
+    said = operator.play("benchmark", "--check", "-e", "benchmark_disk=data", *settings)
+    assert "with --check it is not" in said
+    assert not (tmp_path / "results").exists()
     said = operator.play("benchmark", "-e", "benchmark_disk=data", *settings)
     assert "IOPS" in said
     (results,) = (tmp_path / "results").iterdir()
     assert json.loads(results.read_text())["jobs"][0]["read"]["total_ios"] > 0
     written = ("-e", "benchmark_rw=randwrite", "-e", "benchmark_destroy_data=true")
-    assert MOUNT in operator.play(
-        "benchmark", "-e", "benchmark_disk=data", *written, *settings, fails=True
-    )
+    for mode in ((), ("--check",)):
+        assert MOUNT in operator.play(
+            "benchmark", *mode, "-e", "benchmark_disk=data", *written, *settings, fails=True
+        )
 
 
 @LONG
@@ -160,7 +197,7 @@ def test_a_host_without_one_of_its_disks_is_not_upgraded(
     said = operator.play(
         "upgrade", fails=True, nbd_reactor_wheel=str(operator.new), nbd_reactor_online_seconds=4
     )
-    assert "Not online after 4 s: raw." in said
+    assert "Not online after 4 s: raw (gone)." in said
     assert "nbd-reactor 1.0.1" in machine.run("nbd-reactorctl status | head -n 1")
     machine.run("systemctl reload nbd-reactor")
     machine.await_success("test -e /dev/disk/by-nbd/raw")
@@ -186,11 +223,34 @@ def test_upgrade_and_way_back_under_load(operator: Operator, machine: Machine, l
     assert old.startswith("1.0.1-")
     operator.play("upgrade", nbd_reactor_wheel=str(operator.new))
     assert "nbd-reactor 1.0.2" in machine.run(running)
-    said = operator.play("install", "--check", nbd_reactor_wheel=str(operator.new))
+    said = operator.play("upgrade", "--check", nbd_reactor_wheel=str(operator.new))
     assert changes(said) == 0
     operator.play("upgrade", "-e", f"nbd_reactor_release={old}")
     assert "nbd-reactor 1.0.1" in machine.run(running)
     assert machine.run("systemctl is-active load") == "active"
+
+
+@LONG
+def test_a_release_that_does_not_start_gives_way_to_the_one_before(
+    operator: Operator, machine: Machine, load: None
+) -> None:
+    whole = machine.run("basename $(readlink /opt/nbd-reactor/current)")
+    broken = "/opt/nbd-reactor/releases/broken"
+    machine.run(
+        f"mkdir -p {broken}/bin && ln -s ../{whole}/share {broken} && touch {broken}/installed"
+    )
+    machine.write(f"{broken}/bin/nbd-reactor", BROKEN.format(whole=whole))
+    machine.run(f"chmod +x {broken}/bin/nbd-reactor")
+    before = machine.run(CONTENT)
+    release = ("-e", "nbd_reactor_release=broken")
+    options = ["--cores=0-1", "--log-level=debug"]
+    said = operator.play("upgrade", *release, fails=True, nbd_reactor_options=options)
+    assert "What ran before runs again" in said
+    assert "this release is broken" in said
+    assert machine.run(CONTENT) == before
+    assert "nbd-reactor 1.0.1" in machine.run("nbd-reactorctl status | head -n 1")
+    machine.run(f"rm -r {broken}")
+    assert changes(operator.play("install")) == 0
 
 
 @LONG
@@ -202,8 +262,23 @@ def test_removal_is_refused_in_use_and_leaves_nothing(
     assert f"/etc/fstab has /dev/disk/by-nbd/data for {MOUNT}" in said
     machine.run(f"umount {MOUNT}; sed -i /by-nbd/d /etc/fstab; rmdir {MOUNT}")
     machine.run("systemctl daemon-reload")
+    options = machine.run("cat /etc/default/nbd-reactor")
+    machine.write("/etc/default/nbd-reactor", "NBD_REACTOR_OPTIONS=--cores 7\n")
+    machine.run("! systemctl restart nbd-reactor")
+    said = operator.play("uninstall", fails=True)
+    assert "systemctl start nbd-reactor" in said
+    assert "/dev/nbd1 (nbd-reactor:" in said
+    assert "/dev/shm/nbd-reactor-" in said
+    machine.run("test -e /run/nbd-reactor/instance && test -e /opt/nbd-reactor/current")
+    machine.write("/etc/default/nbd-reactor", f"{options}\n")
+    machine.run("systemctl start nbd-reactor")
+    before = machine.run(CONTENT)
+    assert changes(operator.play("uninstall", "--check", nbd_reactor_remove_images=True)) > 0
+    assert machine.run(CONTENT) == before
+    machine.run("systemctl is-active nbd-reactor")
     operator.play("uninstall", nbd_reactor_remove_images=True)
     machine.run("rm /srv/images/data.img")
+    machine.run("! test -e /root/.cache/pip")
     left = set(machine.run(LISTING).splitlines()) - set(bare.splitlines())
     assert not left
     assert changes(operator.play("uninstall", nbd_reactor_remove_images=True)) == 0

@@ -4,32 +4,39 @@ host.py preflight DEVICES DIRECTORIES   {"python": version, "problems": [line, .
 host.py place PREFIX COPIES LINKS MODE  [path, ...] that it changed, or with MODE check would
 host.py untaken FILES                   files that are not as the service took them: [path, ...]
 host.py taken FILES                     notes that the service took them as they are: null
+host.py restore                         puts back what it took last: [path, ...] that was not so
+host.py online SECONDS DISKS            waits for the disks: [line, ...] about those not online
+host.py left                            what outlived the service: [line, ...]
 host.py used [KEPT]                     what uses devices of the service: [line, ...]
 host.py users DEVICE                    what uses one device: [line, ...]
 host.py releases                        what runs: {release: [process, ...]}
 host.py old CURRENT KEPT                releases that can go: [path, ...]
 
-DEVICES, DIRECTORIES, FILES and KEPT are JSON lists, COPIES and LINKS JSON objects:
+DEVICES, DIRECTORIES, FILES, DISKS and KEPT are JSON lists, COPIES and LINKS JSON objects:
 target to source. KEPT: names of disks that stay.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
 import platform
 import re
+import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 BLOCK = Path("/sys/block")
+CLIENT = Path("/opt/nbd-reactor/current/bin/nbd-reactorctl")
 CONFIG = Path("/etc/nbd-reactor/disks.yaml")
+FINDFS = Path("/sbin/findfs")
 FSTAB = Path("/etc/fstab")
+MEMORY = Path("/dev/shm")
 NAMES = Path("/dev/disk/by-nbd")
 PARSER = """\
 import json, sys, yaml
@@ -37,7 +44,8 @@ print(json.dumps(list(yaml.load(sys.stdin, yaml.BaseLoader)["disks"])))
 """
 PROC = Path("/proc")
 INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
-TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to digest
+TAG = re.compile(r"(UUID|LABEL|PARTUUID|PARTLABEL)=.")
+TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to content
 UNIT = "/nbd-reactor.service"
 HIDDEN = ("/home/", "/root/", "/run/user/")
 PYTHON = Path("/opt/nbd-reactor/current/bin/python")  # has the module yaml, as the host's may not
@@ -106,32 +114,92 @@ def replace(target: Path, make: Callable[[Path], object]) -> None:
     new.replace(target)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file that all may read."""
+def write(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a file that all may read, unless `mode` says otherwise."""
     path.write_bytes(content)
-    path.chmod(0o644)
+    path.chmod(mode)
 
 
 def untaken(files: str) -> list[str]:
-    """Return those that a run changed which ended before the service took them."""
-    try:
-        noted = json.loads(read(TAKEN))
-    except ValueError:  # it is not there, or was torn
-        noted = {}
-    return [name for name in json.loads(files) if digest(Path(name)) != noted.get(name)]
+    """Return those that are not as the service took them."""
+    noted = notes()
+    return [name for name in json.loads(files) if content(Path(name)) != noted.get(name)]
 
 
 def taken(files: str) -> None:
     """Note what is in the files that the service runs by now."""
-    digests = {name: digest(Path(name)) for name in json.loads(files)}
-    replace(TAKEN, lambda new: write(new, json.dumps(digests, indent=1).encode()))
+    noted = json.dumps({name: content(Path(name)) for name in json.loads(files)}, indent=1)
+    replace(TAKEN, lambda new: write(new, noted.encode(), 0o600))
 
 
-def digest(path: Path) -> str | None:
-    """Return what tells the content of a file or link from another; None when it is not there."""
+def restore() -> list[str]:
+    """Put back what the service took last; nothing where nothing is noted."""
+    changed = []
+    for name, noted in notes().items():
+        path = Path(name)
+        if content(path) == noted:
+            continue
+        changed.append(name)
+        mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o644
+        if noted is None:
+            path.unlink()
+        elif "link" in noted:
+            replace(path, lambda new, target=noted["link"]: new.symlink_to(target))
+        else:
+            text = noted["text"].encode(errors="surrogateescape")
+            replace(path, lambda new, text=text, mode=mode: write(new, text, mode))
+    return changed
+
+
+def notes() -> dict[str, dict[str, str] | None]:
+    """Return what the service took: the contents by path."""
+    try:
+        return dict(json.loads(read(TAKEN)))
+    except ValueError:  # it is not there, or was torn
+        return {}
+
+
+def content(path: Path) -> dict[str, str] | None:
+    """Return what is in a file, or where a link leads; None when it is not there."""
     if path.is_symlink():
-        return str(path.readlink())
-    return hashlib.sha256(read(path)).hexdigest() if path.exists() else None
+        return {"link": str(path.readlink())}
+    return {"text": read(path).decode(errors="surrogateescape")} if path.exists() else None
+
+
+def online(seconds: str, disks: str) -> list[str]:
+    """Wait until the disks are online, and return a line for each that is not by then."""
+    deadline = time.monotonic() + float(seconds)
+    while True:
+        late = offline(json.loads(disks))
+        if not late or time.monotonic() >= deadline:
+            return late
+        time.sleep(0.5)
+
+
+def offline(disks: list[str]) -> list[str]:
+    """Return a line for each of the disks that is not online, or why that cannot be told."""
+    try:
+        done = subprocess.run([CLIENT, "--json", "list"], capture_output=True, check=False)
+    except OSError as error:
+        return [str(error)]
+    if done.returncode != 0:
+        return [done.stderr.decode(errors="replace").strip()]
+    found = {disk["name"]: disk for disk in json.loads(done.stdout)}
+    return [
+        f"{name} ({found[name].get('reason') or found[name]['state'] if name in found else 'gone'})"
+        for name in map(str, disks)
+        if found.get(name, {}).get("state") != "online"
+    ]
+
+
+def left() -> list[str]:
+    """Return a line for each process, device and memory that outlived the service."""
+    tags = {path.name: owner(path.name) for path in BLOCK.glob("nbd*") if is_attached(path.name)}
+    return [
+        *(f"process {process}" for found in releases().values() for process in found),
+        *(f"/dev/{name} ({tag})" for name, tag in tags.items() if tag.startswith("nbd-reactor:")),
+        *(str(path) for path in sorted(MEMORY.glob("nbd-reactor-*"))),
+    ]
 
 
 def used(kept: str = "") -> list[str]:
@@ -143,7 +211,7 @@ def used(kept: str = "") -> list[str]:
     names = [path.name for path in BLOCK.glob("nbd*")]
     disks = {name: disk(name) for name in names if is_attached(name) and is_ours(name)}
     if not kept:
-        return [*uses(*disks), *promises()]
+        return [*uses(*disks), *promises(*disks)]
     gone = {*disks.values()} - {"", *json.loads(kept)}
     if gone:
         gone = configured(gone)
@@ -165,14 +233,27 @@ def uses(*names: str) -> list[str]:
     ]
 
 
-def promises() -> list[str]:
-    """Return what the next boot would mount or swap to."""
+def promises(*names: str) -> list[str]:
+    """Return what the next boot would mount or swap to: the devices, or what by-nbd has."""
     lines = (line.split() for line in read(FSTAB).decode(errors="replace").splitlines())
     return [
         f"{FSTAB} has {words[0]}{f' for {words[1]}' if len(words) > 1 else ''}"
         for words in lines
-        if words and words[0].startswith(f"{NAMES}/")
+        if words
+        and not words[0].startswith("#")
+        and (
+            words[0].startswith(f"{NAMES}/")
+            or any(is_part(meant(words[0]), name) for name in names)
+        )
     ]
+
+
+def meant(source: str) -> str:
+    """Return the device that a line of fstab means by now, by whatever name."""
+    if TAG.match(source):
+        done = subprocess.run([FINDFS, source], capture_output=True, text=True, check=False)
+        source = done.stdout.strip()
+    return os.path.realpath(source) if source.startswith("/dev/") else source
 
 
 def releases() -> dict[str, list[str]]:
@@ -309,6 +390,9 @@ if __name__ == "__main__":
         "place": place,
         "untaken": untaken,
         "taken": taken,
+        "restore": restore,
+        "online": online,
+        "left": left,
         "used": used,
         "users": users,
         "releases": releases,
