@@ -121,6 +121,7 @@ class WorkerProcess:
         """Take over a living worker, with all that it has, from a controller that died."""
         log.info("worker core %d (pid %d) lives and is taken over", self.core, process.pid)
         self._begin(process, HANG_SECONDS)
+        self._asked_ns = self._reactor.clock()
         self._inquire_until_heard(process)
 
     def let_serve(self, process: Process) -> None:
@@ -153,6 +154,7 @@ class WorkerProcess:
         self._started_ns = self._heard_ns = self._reactor.clock()
         self._start_seconds = start_seconds
         self._events = 0
+        self._asked_ns = 0  # what it says to older questions, or by itself, does not count
         self._aborted = self._killed = self.is_blocked = False
         self._awake_looks = 0
         self.state = "starting"
@@ -187,8 +189,8 @@ class WorkerProcess:
         self._bus.send(self._identity, "welcome", controller=self._platform.pid)
         came = self.state == "starting"
         self._short = False
-        if not came and not message["id"]:
-            return  # it has not heard that it is welcome
+        if message["id"] < self._asked_ns or not (came or message["id"]):
+            return  # it has not heard that it is welcome, or not all that it was told before
         self._events = 0
         self.state = "running"
         if came:
