@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -17,6 +18,8 @@ from reactor import background
 from reactor.attach.deviceio import ANSWER, READY, REQUEST, What
 
 START_SECONDS: Final = 10.0
+LOOK_SECONDS: Final = 10.0  # of waiting, until the process is asked whether it hangs itself
+ALIVE_SECONDS: Final = 5.0  # in which it says that it does not
 END_SECONDS: Final = 1.0  # for the process to be gone; it may wait for a device
 
 
@@ -40,8 +43,11 @@ class Asked:
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait for its end; raises the OSError that it ended with, TimeoutError if it did not."""
-        if not self._done.wait(seconds):
-            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        while not self._done.wait(LOOK_SECONDS if seconds is None else seconds):
+            if seconds is not None:
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            if self.process is not None:
+                self.process.kill_hung()
         if self._failure:
             raise OSError(self._failure, os.strerror(self._failure))
 
@@ -66,10 +72,10 @@ class DeviceIO:
             self._started()
 
     def await_start(self) -> None:
-        """Wait until the process does what it is asked for; raises OSError if there is none."""
+        """Wait until the process does what it is asked for; raises OSError if it does not."""
         with self._lock:
             process = self._started()
-        process.ready.wait(START_SECONDS)
+        process.await_ready()
 
     def ask(
         self, what: What, index: int, value: int = 0, then: Callable[[int], None] | None = None
@@ -141,7 +147,9 @@ class _Process:
         on_answer: Callable[[int, int], None],
         on_end: Callable[[_Process], None],
     ) -> None:
-        self.ready = threading.Event()
+        self._ready = threading.Event()
+        self._heard = threading.Event()  # something, since it was asked whether it lives
+        self._ready_until = time.monotonic() + START_SECONDS
         self._on_answer = on_answer
         self._on_end = on_end
         self._gone = threading.Event()
@@ -165,6 +173,19 @@ class _Process:
         except ConnectionError:
             pass  # `_read` sees its end, too
 
+    def await_ready(self) -> None:
+        """Wait until it has started, but once only; raises TimeoutError when it has not."""
+        if not self._ready.wait(max(0.0, self._ready_until - time.monotonic())):
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    def kill_hung(self) -> None:
+        """Kill it if it says nothing when it is asked."""
+        self._heard.clear()
+        with contextlib.suppress(OSError):  # it may have read nothing for long
+            self.send(REQUEST.pack(READY, What.SAY_READY, 0, 0))
+        if not self._heard.wait(ALIVE_SECONDS):
+            self._child.kill()
+
     def close(self) -> None:
         """Have it end when it hears of that."""
         self._socket.close()
@@ -177,9 +198,10 @@ class _Process:
     def _read(self) -> None:
         with contextlib.suppress(OSError, MemoryError):
             while answer := self._socket.recv(ANSWER.size):
-                self.ready.set()
+                self._ready.set()
+                self._heard.set()
                 self._on_answer(*ANSWER.unpack(answer))
-        self.ready.set()
+        self._ready.set()
         self._on_end(self)
         self._child.wait()
         self._gone.set()

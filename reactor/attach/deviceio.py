@@ -40,6 +40,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class What(IntEnum):
     """What is asked for, and what the value is then."""
 
+    SAY_READY = 0  # none: it is answered at once, as at the start
     READ = 1  # the first block, past the page cache: its length in bytes
     WRITE_BACK = 2  # what the page cache holds, and flush the device
     LOOK = 3  # whether somebody claims it: EBUSY then
@@ -85,13 +86,16 @@ def _serve() -> None:
             if descriptor == answers:
                 os.write(CONTROLLER, os.read(answers, ANSWER.size))
             elif request := os.read(CONTROLLER, REQUEST.size):
-                _begin(request, answer_end)
+                _take(request, answer_end)
             else:
                 return
 
 
-def _begin(request: bytes, answer_end: int) -> None:
+def _take(request: bytes, answer_end: int) -> None:
     number, what, index, value = REQUEST.unpack(request)
+    if what == What.SAY_READY:
+        os.write(CONTROLLER, ANSWER.pack(number, 0))
+        return
     try:
         background.start(partial(_answer, answer_end, number, what, index, value))
     except OSError as error:

@@ -44,7 +44,7 @@ def await_true(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("what", list(What))
+@pytest.mark.parametrize("what", set(What) - {What.SAY_READY})
 def test_an_answer_is_the_errno(asked: DeviceIO, what: What) -> None:
     with pytest.raises(FileNotFoundError):
         asked.ask(what, NOWHERE, 512).wait(WAIT_SECONDS)
@@ -141,6 +141,31 @@ def test_one_that_cannot_be_started_is_the_callers_error(
             asked.ask(What.LOOK, NOWHERE)
     with pytest.raises(FileNotFoundError):
         asked.ask(What.LOOK, NOWHERE).wait(WAIT_SECONDS)
+
+
+def test_one_that_hangs_is_replaced(asked: DeviceIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(apart, "ALIVE_SECONDS", 1.0)
+    process = process_of(asked)
+    process.suspend()
+    with pytest.raises(FileNotFoundError):
+        asked.ask(What.LOOK, NOWHERE).wait()
+    assert process_of(asked) != process
+
+
+def test_one_that_never_starts_is_awaited_once(
+    asked: DeviceIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "START_SECONDS", 0.5)
+    asked.start()
+    (process,) = psutil.Process().children()
+    process.suspend()
+    began = time.monotonic()
+    for _ in range(20):
+        with pytest.raises(TimeoutError):
+            asked.await_start()
+    assert time.monotonic() - began < 20 * apart.START_SECONDS
+    process.kill()
 
 
 def test_it_ends_with_whoever_started_it(asked: DeviceIO) -> None:
