@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reactor.control.disk import DiskControl
@@ -199,7 +199,7 @@ class Configured:
         """Return why disks must stay as they are, by name, if the others go to their places."""
         found: dict[str, str] = {}
         while True:
-            kept = {self._disks[name].path: name for name in found}
+            kept = [self._disks[name] for name in found]
             more: dict[str, str] = {}
             for name, disk in self._disks.items():
                 why = "" if name in found else self._obstacle(disk, now.get(name), places, kept)
@@ -214,7 +214,7 @@ class Configured:
         disk: DiskControl,
         spec: DiskSpec | None,
         places: Mapping[str, Placement],
-        kept: Mapping[str | None, str],
+        kept: Sequence[DiskControl],
     ) -> str:
         if spec is None:
             known = disk.spec.name in self.specs

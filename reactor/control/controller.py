@@ -13,7 +13,7 @@ from typing import Final
 from backends import registry
 from reactor.control.configured import Configured
 from reactor.control.disk import DiskControl
-from reactor.control.holders import hindrance, holder, may_attach
+from reactor.control.holders import attach_hindrance, hindrance, holder
 from reactor.control.host import Host
 from reactor.control.leftovers import LeftDevices
 from reactor.control.notify import notify, notify_reloading
@@ -23,7 +23,7 @@ from reactor.control.readiness import tell_ready
 from reactor.control.saved import SavedState, Wish, wishes_at_start
 from reactor.control.saving import Saving
 from reactor.control.service import DiskStatus, Done, WorkerStatus
-from reactor.control.tags import tag
+from reactor.control.tags import prefix, tag
 from reactor.control.workers import WorkerProcess, counters
 from reactor.control.workforce import Workforce
 from reactor.errors import ReactorError, UsageError
@@ -77,7 +77,7 @@ class Controller:
             self._configured.grown,
             lambda: self._holding,
             lambda disk: hindrance(disk, self._disks.values()),
-            self._may_attach,
+            self._attach_hindrance,
             self._configured.is_succeeded,
         )
         self._left_devices = LeftDevices(platform, self._step_waiting)
@@ -93,6 +93,8 @@ class Controller:
         Without a config (None) what an earlier one asked for stays.
         """
         platform, saved = self._platform, saved or SavedState(complete=False)
+        if specs is not None and saved.wishes and not saved.complete:
+            saved = saved.as_held(specs, platform.held(prefix(platform.instance)))
         self._took_over = bool(saved.wishes)
         before = saved.configured
         now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
@@ -368,12 +370,11 @@ class Controller:
         self._save()
         added.step()
 
-    def _may_attach(self, disk: DiskControl) -> bool:
-        """Whether no other device must come or go first."""
+    def _attach_hindrance(self, disk: DiskControl) -> str:
         if disk.spec.name in self._left_devices.disks:
-            return False
+            return "waits for its old device to be free"
         coming = (successor.spec for successor in self._configured.successors.values())
-        return may_attach(disk, self._disks.values(), coming)
+        return attach_hindrance(disk, self._disks.values(), coming)
 
     def _report_ready(self) -> None:
         settled = self._workforce.up and all(disk.settled for disk in self._disks.values())

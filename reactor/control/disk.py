@@ -24,7 +24,7 @@ from reactor.control.service import DiskState, DiskStatus, Done
 from reactor.control.shares import OPEN_SECONDS, Share, Shares
 from reactor.control.waiting import Waiting
 from reactor.control.workers import WorkerProcess
-from reactor.errors import ReactorError, error_number, reason
+from reactor.errors import ReactorError, error_number, is_shortage, reason
 from reactor.log import logger
 from reactor.messages import Message
 from reactor.spec import Address, DiskSpec
@@ -105,10 +105,7 @@ class DiskControl:
                 "disk %s keeps its %d bytes: a reload does not cut a disk, `resize` does",
                 *(self.spec.name, shown),
             )
-        if self.desired == "stopped":
-            self._again(None)
-            return
-        self.want("online")
+        self.want("stopped" if self.desired == "stopped" else "online")
         self._grow()
 
     def can_become(self, spec: DiskSpec) -> bool:
@@ -137,10 +134,10 @@ class DiskControl:
         if isinstance(error, OSError) and error.errno == errno.EBUSY and self.rising:
             # It is not online yet, or another resize is under way; the newest config counts.
             self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, self._grow)
-        elif error is not None:
-            log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
+        elif error is None or self.spec.options.get("size", 0) == self._wanted_size:
+            self._host.on_grown(self)  # if not yet the device, which is told as soon as it can be
         else:
-            self._host.on_grown(self)
+            log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
 
     def _grow(self) -> None:
         size = self._wanted_size
@@ -318,11 +315,10 @@ class DiskControl:
         if not self.rising or self._shares.opened:
             return False
         try:
-            self._waiting.hindrance = self._host.hindrance(self)
+            return self._waiting.holds(self._host.hindrance(self), briefly=False)
         except OSError as error:
             self._on_failed(error)
             return True
-        return bool(self._waiting.hindrance)
 
     def _awaited_former(self) -> list[WorkerProcess]:
         return [w for w in self._former.values() if w is not None and w.unknown]
@@ -364,7 +360,9 @@ class DiskControl:
             if self._errand.busy():
                 return
         if device is None:
-            if self.spec.device and not shares.closed and self._host.may_attach(self):
+            why = self._host.attach_hindrance(self)
+            waits = self._waiting.holds(why, briefly=self.spec.device == "auto")
+            if self.spec.device and not shares.closed and not waits:
                 link.attach(self.spec, shares.common_geometry)
         elif astray:
             self._let_go(device)
@@ -386,13 +384,14 @@ class DiskControl:
 
         def refused(error: Exception) -> None:
             self.spec = self.spec.with_size(resize.before)
-            self._link.fitted = False  # should the kernel have the new size already
             finish(error)
 
         def finish(error: Exception | None) -> None:
             self._resize = None
             if error is None:
                 self._made = resize.size
+            else:
+                self._link.fitted = False  # the kernel may have another size than the disk
             resize.done(error)
 
         resize.begin(self._link, self._shares, keep=keep, refused=refused, finish=finish)
@@ -442,7 +441,7 @@ class DiskControl:
 
     def _on_failed(self, error: Exception) -> None:
         # Who uses the disk is to wait; else its device fails.
-        used = self.path or (self._made and not self._shares.opened)
+        used = self.path or (self._made and (is_shortage(error) or not self._shares.opened))
         if used and self._waiting.bears(error, self._patience):
             log.warning("disk %s waits: %s", self.spec.name, reason(error))
             self._errand.pause(SHORTAGE_SECONDS)

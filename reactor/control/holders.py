@@ -28,18 +28,24 @@ def _awaits_device(disk: DiskControl) -> bool:
     return disk.rising and disk.spec.device not in (None, "auto", disk.path)
 
 
-def may_attach(
-    disk: DiskControl, disks: Collection[DiskControl], coming: Iterable[DiskSpec]
-) -> bool:
-    """Whether no other device must come or go before that of `disk`.
+def attach_hindrance(
+    disk: DiskControl, disks: Iterable[DiskControl], coming: Iterable[DiskSpec]
+) -> str:
+    """Return what must happen before `disk` is attached, for the operator; empty: nothing.
 
     `coming`: what will take the place of other disks.
     """
+    if disk.spec.device is None:
+        return ""
     if disk.spec.device == "auto":
         # Whoever names its device goes first, or `auto` might take it.
-        named = any(spec.device not in (None, "auto") for spec in coming)
-        return not named and not any(map(_awaits_device, disks))
-    return not any(other.path == disk.spec.device and _leaves_device(other) for other in disks)
+        naming = [spec for spec in coming if spec.device not in (None, "auto")]
+        naming += [other.spec for other in disks if _awaits_device(other)]
+        return f"waits for disk {naming[0].name} to be on {naming[0].device}" if naming else ""
+    for other in disks:
+        if other.path == disk.spec.device and _leaves_device(other):
+            return f"waits for disk {other.spec.name} to leave {other.path}"
+    return ""
 
 
 def hindrance(disk: DiskControl, disks: Iterable[DiskControl]) -> str:
@@ -53,7 +59,7 @@ def hindrance(disk: DiskControl, disks: Iterable[DiskControl]) -> str:
         common = {*disk.spec.listen} & _left_addresses(other)
         if common and other.placement.core != disk.placement.core:
             return f"waits for disk {other.spec.name} to leave {min(map(str, common))}"
-        path = _common_path(disk, other)
+        path = common_path(disk.spec, other.spec)
         if path and other.desired == "gone" and not other.settled:
             return f"waits for disk {other.spec.name} to leave {path}"
         if path and other.rising and _owning(other) > _owning(disk):
@@ -66,11 +72,12 @@ def _left_addresses(disk: DiskControl) -> set[Address]:
     return disk.addresses - {*(disk.spec.listen if disk.rising else ())}
 
 
-def _common_path(disk: DiskControl, other: DiskControl) -> str:
-    if disk.spec.readonly and other.spec.readonly:
+def common_path(one: DiskSpec, other: DiskSpec) -> str:
+    """Return the storage that both would have and one of them write to; empty if there is none."""
+    if one.readonly and other.readonly:
         return ""
-    mine, others = (registry.paths(d.spec.backend, d.spec.options) for d in (disk, other))
-    return min(mine & others, default="")
+    first, second = (registry.paths(spec.backend, spec.options) for spec in (one, other))
+    return min(first & second, default="")
 
 
 def _owning(disk: DiskControl) -> tuple[bool, bool]:

@@ -25,5 +25,5 @@ class Host:
     hindrance: Callable[
         [DiskControl], str
     ]  # what it must wait for before it is opened, if anything
-    may_attach: Callable[[DiskControl], bool]  # no other disk goes first
+    attach_hindrance: Callable[[DiskControl], str]  # ... before it is attached
     is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage

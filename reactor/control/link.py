@@ -28,6 +28,7 @@ RETRY_SECONDS: Final = 0.05
 SHORTAGE_SECONDS: Final = 1.0
 DYING_SECONDS: Final = 1.0  # from one try to reach a worker that is dying to the next
 TRIES_MAX: Final = 200
+SOCKET_TRIES: Final = 10
 TRIES_PER_COUNT: Final = 10
 HANDOVER_TRIES: Final = 200  # while a queue is full (net.unix.max_dgram_qlen), say
 PROBES_MAX: Final = 5
@@ -464,7 +465,7 @@ class DeviceLink:
     ) -> tuple[list[socket.socket], list[Delivery]] | None:
         """Return the kernel's end for each slot, and the worker's end on its way to its worker.
 
-        None: there are no sockets to be had now. That is tried again later, or was too often.
+        None: there are none to be had now. That is tried again later, or was too often.
         """
         kernel_ends: list[socket.socket] = []
         deliveries: list[Delivery] = []
@@ -480,10 +481,10 @@ class DeviceLink:
             drop(deliveries)
             log.warning("disk %s: no socket for a device: %s", self._disk, reason(error))
             self._tries_for_sockets += 1
-            if self._tries_for_sockets > TRIES_MAX:
+            if self._tries_for_sockets > SOCKET_TRIES:
                 self._on_failed(error)
             else:
-                self._errand.pause(RETRY_SECONDS)
+                self._errand.pause(SHORTAGE_SECONDS)
             return None
         self._tries_for_sockets = 0
         return kernel_ends, deliveries
@@ -496,5 +497,4 @@ class DeviceLink:
             if error is not None:
                 log.error("disk %s: %s", self._disk, reason(error))
 
-        name = f"detaching {device.path}"
-        self._platform.call(name, DETACH_SECONDS, device.detach, detached)
+        self._platform.call(f"detaching {device.path}", DETACH_SECONDS, device.detach, detached)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias
 
@@ -19,6 +19,7 @@ from reactor.control.plan import (
     place_anyhow,
     place_together,
 )
+from reactor.control.tags import disk
 from reactor.errors import ReactorError
 from reactor.spec import DiskSpec
 
@@ -61,6 +62,27 @@ class SavedState:
         """Return what is still sure of it when something came later that is not known."""
         wishes = tuple(replace(wish, made=min(wish.made, 1)) for wish in self.wishes)
         return replace(self, wishes=wishes, complete=False)
+
+    def as_held(self, now: Iterable[DiskSpec], held: Collection[str]) -> SavedState:
+        """Return the same with what the config says of disks whose devices are there by it.
+
+        `held`: the tags of all devices. What attached them could not be saved.
+        """
+        identities = {(disk(tag), tag.split(":")[2]) for tag in held}
+        saved = {(wish.spec.name, wish.spec.identity()) for wish in self.wishes}
+        there = {
+            spec.name: spec for spec in now if (spec.name, spec.identity()) in identities - saved
+        }
+        wishes = tuple(
+            replace(wish, spec=there[wish.spec.name], desired="online", hot=False, made=1)
+            if wish.spec.name in there
+            else wish
+            for wish in self.wishes
+        )
+        successors = {name: each for name, each in self.successors.items() if name not in there}
+        return replace(
+            self, wishes=wishes, successors=successors, configured={**self.configured, **there}
+        )
 
     def let_go(self) -> SavedState:
         """Return the same without what keeps storage from being made anew."""

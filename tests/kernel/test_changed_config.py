@@ -212,6 +212,26 @@ def test_a_device_that_stays_is_kept_from_others(service: Start, tmp_path: Path)
     await_devices(running, x="/dev/nbd1", y="/dev/nbd0")
 
 
+def test_storage_that_stays_is_kept_from_others(service: Start, tmp_path: Path) -> None:
+    def images(x: str, y: str) -> str:
+        lines = (
+            f"  {name}: {{backend: file, path: {tmp_path}/{image}, size: 16MiB, device: {on}}}\n"
+            for name, image, on in (("x", x, "/dev/nbd0"), ("y", y, "/dev/nbd1"))
+        )
+        return f"disks:\n{''.join(lines)}"
+
+    running = service(images("a", "b"))
+    with mounted_new("/dev/nbd0", tmp_path / "mount"), Path("/dev/nbd1").open("rb") as other:
+        running.config_path.write_text(images("b", "a"))
+        answer = running.rpc_raw("reactor_reload")["error"]["message"]
+        assert f"disk y stays as it was: disk x keeps {tmp_path}/a" in answer
+        assert other.read(4096) == bytes(4096)
+    running.rpc("reactor_reload")
+    await_devices(running, x="/dev/nbd0", y="/dev/nbd1")
+    shown = {disk["name"]: disk["config"] for disk in running.rpc("reactor_get_disks")}
+    assert f"{tmp_path}/b" in shown["x"]
+
+
 def test_a_second_reload_keeps_to_the_devices_of_the_first(service: Start) -> None:
     running = service(two_disks("/dev/nbd0", "/dev/nbd1"))
     running.config_path.write_text(two_disks("/dev/nbd2", "/dev/nbd3", ", dead_timeout: 60"))

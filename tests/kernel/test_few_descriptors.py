@@ -57,6 +57,20 @@ def test_a_worker_dies_under_a_mounted_file_system(
     assert "Traceback" not in running.log
 
 
+def test_a_disk_grows(service: Start) -> None:
+    running = service(CONFIG)
+    (worker,) = running.workers().values()
+    worker.suspend()
+    running.config_path.write_text(CONFIG.replace("16MiB", "24MiB"))
+    running.rpc("reactor_reload")
+    with few_descriptors(running.process.pid, 0):
+        worker.resume()
+        time.sleep(SHORT_SECONDS)
+    running.await_true(lambda: Path("/sys/block/nbd0/size").read_text() == f"{24 << 11}\n")
+    assert running.await_state("m", "online")["size"] == 24 << 20
+    assert "Traceback" not in running.log
+
+
 def test_a_disk_is_stopped(service: Start) -> None:
     running = service(CONFIG)
     for spare in range(1, 7):  # the client that asks for it needs one

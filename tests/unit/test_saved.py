@@ -80,6 +80,16 @@ def test_an_outdated_state_does_not_know_how_much_there_was() -> None:
     assert not state.outdated().complete
 
 
+def test_what_the_kernel_holds_is_believed_before_an_outdated_state() -> None:
+    now = replace(FILE, options={"path": "/srv/b"})
+    going = replace(wish(FILE), desired="gone")
+    saved = SavedState((going, wish(RAM)), {"file": Successor(now)}, {"file": FILE}, complete=False)
+    held = saved.as_held([now, RAM], {tag("abc", now), tag("abc", RAM)})
+    assert held.wishes == (replace(wish(now), made=1), wish(RAM))
+    assert (held.successors, held.configured) == ({}, {"file": now})
+    assert saved.as_held([now, RAM], {tag("abc", FILE)}) == saved
+
+
 def test_what_was_saved_is_read() -> None:
     gone = Wish(FILE, Placement(1, (0, 1)), "gone", hot=True)
     state = SavedState(
