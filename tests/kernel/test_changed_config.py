@@ -228,8 +228,7 @@ def test_storage_that_stays_is_kept_from_others(service: Start, tmp_path: Path) 
         assert other.read(4096) == bytes(4096)
     running.rpc("reactor_reload")
     await_devices(running, x="/dev/nbd0", y="/dev/nbd1")
-    shown = {disk["name"]: disk["config"] for disk in running.rpc("reactor_get_disks")}
-    assert f"{tmp_path}/b" in shown["x"]
+    assert f"{tmp_path}/b" in running.rpc("reactor_get_disks", name="x")[0]["config"]
 
 
 def test_a_second_reload_keeps_to_the_devices_of_the_first(service: Start) -> None:
