@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from reactor.control.link import DeviceLink
 from reactor.control.service import Done
 from reactor.control.shares import Geometry, Shares
+from reactor.errors import error_number, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +40,25 @@ class Resize:
         """
         device, size = link.device, self.size
 
-        def resize_device(then: Callable[[], None]) -> None:
+        def resize_device(then: Callable[[], None], failed: Callable[[Exception], None]) -> None:
             if device is None:
                 then()
                 return
             geometry = replace(shares.geometry, size=size)
             link.resize(
-                device, geometry, lambda error: finish(error) if error is not None else then()
+                device, geometry, lambda error: failed(error) if error is not None else then()
             )
 
         def resize_disk(then: Callable[[], None]) -> None:
             keep()
             shares.resize(size, then, refused)
 
+        def told_later(error: Exception) -> None:
+            why = f"the disk has its new size, but its device not yet: {reason(error)}"
+            finish(OSError(error_number(error), why))
+
         # The kernel must never believe in blocks that the disk does not have.
         if size >= shares.geometry.size:
-            resize_disk(lambda: resize_device(lambda: finish(None)))
+            resize_disk(lambda: resize_device(lambda: finish(None), told_later))
         else:
-            resize_device(lambda: resize_disk(lambda: finish(None)))
+            resize_device(lambda: resize_disk(lambda: finish(None)), finish)
