@@ -403,11 +403,9 @@ class Shares:
     def _unanswered(self, kind: str, worker: WorkerProcess, why: str) -> None:
         share = self.of(worker)
         assert share is not None
-        if kind in ("stop", "remove") or (kind == "resize" and self._follows(share)):
+        if kind in ("stop", "remove", "resize"):
             # Whatever it still does to the disk must end before the disk can go on without it.
             worker.kill(why)
-        elif kind == "resize":
-            self._on_refused(DeviceError(errno.ETIMEDOUT, why))
         elif share.opened:  # it serves on, but for its clients; it is told again
             log.warning("disk %s: %s", self._disk, why)
         else:
