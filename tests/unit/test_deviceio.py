@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -101,7 +102,8 @@ def test_a_call_that_was_lost_twice_fails(asked: DeviceIO) -> None:
     def kill_each() -> None:
         while not ended.is_set():
             for child in psutil.Process().children():
-                child.kill()
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
             time.sleep(0.005)
 
     killing = threading.Thread(target=kill_each)
