@@ -17,6 +17,7 @@ import os
 from typing import Final
 
 from backends.linux import is_range_locked, lock_range, unlock_range
+from reactor.errors import is_shortage
 from reactor.log import logger
 
 MARKS: Final = 1 << 62  # where the marks are: a byte for readers, then one for each shared disk
@@ -50,6 +51,8 @@ def lock_file(fd: int, path: str, mark: int | None) -> None:
     except BlockingIOError:
         raise OSError(errno.EBUSY, "is in use by another disk or service", path) from None
     except OSError as error:
+        if is_shortage(error):  # another worker may have it still
+            raise OSError(error.errno, error.strerror, path) from None
         log.warning("%s cannot be locked against other writers: %s", path, error.strerror)
 
 

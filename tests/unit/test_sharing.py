@@ -41,6 +41,23 @@ def image(tmp_path: Path) -> Path:
 # --- files ---
 
 
+def test_without_memory_for_its_lock_a_file_is_not_opened(
+    image: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no locks at all it is."""
+
+    def refuse(number: int) -> None:
+        def flock(_fd: int, _how: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    refuse(errno.ENOMEM)
+    assert problem(opened, image) == (errno.ENOMEM, os.strerror(errno.ENOMEM))
+    refuse(errno.ENOLCK)
+    opened(image)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [
