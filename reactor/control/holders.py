@@ -59,10 +59,13 @@ def hindrance(disk: DiskControl, disks: Iterable[DiskControl]) -> str:
         common = {*disk.spec.listen} & _left_addresses(other)
         if common and other.placement.core != disk.placement.core:
             return f"waits for disk {other.spec.name} to leave {min(map(str, common))}"
+        leaves = other.desired == "gone" and not other.settled
+        if not leaves and not (other.rising and _owning(other) > _owning(disk)):
+            continue  # as nearly all: there may be thousands, and paths take time to compare
         path = common_path(disk.spec, other.spec)
-        if path and other.desired == "gone" and not other.settled:
+        if path and leaves:
             return f"waits for disk {other.spec.name} to leave {path}"
-        if path and other.rising and _owning(other) > _owning(disk):
+        if path:
             raise OSError(errno.EBUSY, f"{path} is in use by disk {other.spec.name}")
     return ""
 

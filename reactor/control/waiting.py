@@ -8,8 +8,8 @@ from typing import Final
 
 from reactor.errors import SHORTAGES, error_number, reason
 
+BRIEF_SECONDS: Final = 60.0  # for what a disk can do without
 # EBUSY: what a dead worker had begun keeps its file until the medium has done it.
-BRIEF_SECONDS: Final = 60.0
 AWAITED: Final = (*SHORTAGES, errno.EBUSY)
 
 
