@@ -12,9 +12,11 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from socket import SHUT_RDWR, socket
 from typing import Final
 
+from reactor import background
 from reactor.attach import occupants, sysfs
 from reactor.attach.block import BUSY_PAUSE_SECONDS, Attachment, Device, device_path, while_busy
 from reactor.errors import DeviceError, reason
@@ -99,7 +101,7 @@ class IoctlDevice(Device):
         # Ours as well as the kernel's: shutting them down frees a kernel that waits for a worker.
         self._kernel_ends = kernel_ends
         self._lock = threading.Lock()  # _fd is open while it is held and _released is not set
-        self._disconnect: threading.Thread | None = None
+        self._disconnected: threading.Event | None = None  # while NBD_DISCONNECT is under way
         self._holder: int | None = None  # the thread's id, as in sysfs
         self._error: OSError | None = None
         self._returned = threading.Event()
@@ -107,8 +109,11 @@ class IoctlDevice(Device):
 
     def start(self) -> None:
         """Let the kernel begin; raises DeviceError when it does not, and releases the device."""
-        # A daemon: a process that exits without detaching takes its devices with it.
-        threading.Thread(target=self._hold, name=f"{self.path} DO_IT", daemon=True).start()
+        try:
+            background.start(self._hold)
+        except OSError as error:
+            self._let_go()
+            raise _refusal(self.path, error) from error
         try:
             self._await_size()
         except (OSError, DeviceError):
@@ -141,12 +146,8 @@ class IoctlDevice(Device):
                 raise self.failure("cannot change its size", error) from error
 
     def detach(self) -> None:
-        with self._lock:
-            if self._disconnect is None and not self._returned.is_set():
-                # In a thread: it waits for room in a socket that its worker may not read.
-                self._disconnect = threading.Thread(target=self._send_disconnect, daemon=True)
-                self._disconnect.start()
-        if not self._returned.wait(STOP_SECONDS):
+        patience = STOP_SECONDS if self._disconnect() else 0
+        if not self._returned.wait(patience):
             log.warning("%s: the worker does not end its connection; it is cut", self.path)
             for end in self._kernel_ends:
                 with contextlib.suppress(OSError):  # closed meanwhile: the kernel has let go
@@ -155,6 +156,28 @@ class IoctlDevice(Device):
             raise DeviceError(errno.ETIMEDOUT, f"{self.path} is not released by the kernel")
         # By now another may have the device.
         self.await_release(self._holder)
+
+    def _disconnect(self) -> bool:
+        """Have the kernel end its connections; returns whether it is told, or need not be."""
+        with self._lock:
+            if self._disconnected is None and not self._returned.is_set():
+                ended = threading.Event()
+                try:
+                    # In a thread: it waits for room in a socket that its worker may not read.
+                    background.start(partial(self._send_disconnect, ended))
+                except OSError as error:
+                    log.warning("%s: %s", self.path, reason(error))
+                    return False
+                self._disconnected = ended
+        return True
+
+    def _send_disconnect(self, ended: threading.Event) -> None:
+        try:
+            _ioctl(self._fd, NBD_DISCONNECT)
+        except OSError as error:  # EINVAL: it is disconnected already
+            log.debug("%s: NBD_DISCONNECT: %s", self.path, reason(error))
+        finally:
+            ended.set()
 
     def _hold(self) -> None:
         self._holder = threading.get_native_id()
@@ -165,20 +188,17 @@ class IoctlDevice(Device):
             log.debug("%s: NBD_DO_IT: %s", self.path, reason(error))
         self._returned.set()
         with self._lock:
-            disconnect = self._disconnect
-        if disconnect is not None:
-            disconnect.join()  # it uses the descriptor
+            disconnected = self._disconnected
+        if disconnected is not None:
+            disconnected.wait()  # it uses the descriptor
+        self._let_go()
+
+    def _let_go(self) -> None:
         with self._lock:
             _clear(self._fd)
         for end in self._kernel_ends:
             end.close()
         self._released.set()
-
-    def _send_disconnect(self) -> None:
-        try:
-            _ioctl(self._fd, NBD_DISCONNECT)
-        except OSError as error:  # EINVAL: it is disconnected already
-            log.debug("%s: NBD_DISCONNECT: %s", self.path, reason(error))
 
 
 def _ioctl(fd: int, request: int, argument: int = 0) -> None:

@@ -8,6 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ import pytest
 from reactor.attach import ioctl, sysfs
 from reactor.errors import DeviceError
 from reactor.protocol import wire
-from tests.kernel.conftest import FLAGS_ALL, SIZE, Attach, Server
+from tests.kernel.conftest import FLAGS_ALL, MIB, SIZE, Attach, Server
 from tests.kernel.test_attach_netlink import (
     come_and_go,
     size_of,
@@ -23,10 +26,12 @@ from tests.kernel.test_attach_netlink import (
     write,
     write_in_flight,
 )
+from tests.shortages import little_memory
 
 pytestmark = pytest.mark.kernel
 
 TAG = "nbd-reactor:test:memory"
+THREAD_STACK = 64 * MIB  # more than any that the C library keeps for the next thread
 
 
 def test_twenty_devices_come_and_go(server: Server) -> None:
@@ -104,6 +109,35 @@ def test_a_server_that_does_not_answer_is_cut(
     server.resume()
     assert writing.error is not None
     assert sysfs.is_free(device.index)
+
+
+@contextmanager
+def no_memory_for_a_thread() -> Iterator[None]:
+    before = threading.stack_size(THREAD_STACK)
+    try:
+        with little_memory(os.getpid(), THREAD_STACK // 2):
+            yield
+    finally:
+        threading.stack_size(before)
+
+
+def test_without_memory_for_a_thread_it_is_detached_all_the_same(
+    attached: Attach, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = attached(way="ioctl")
+    device.probe()
+    with no_memory_for_a_thread():
+        device.detach()
+    assert "no memory for a thread" in caplog.text
+    assert sysfs.is_free(device.index)
+
+
+def test_without_memory_for_a_thread_nothing_is_attached(attached: Attach) -> None:
+    with no_memory_for_a_thread(), pytest.raises(DeviceError) as caught:
+        attached("/dev/nbd0", way="ioctl")
+    assert caught.value.errno == errno.ENOMEM
+    assert sysfs.is_free(0)
+    attached("/dev/nbd0", way="ioctl").probe()
 
 
 def test_detaching_twice_is_harmless(attached: Attach) -> None:

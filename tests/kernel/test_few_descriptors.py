@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.commands import attached, ctl_command, run
-from tests.descriptors import limit_for
 from tests.mounting import mounted_new
 from tests.running import RunningService
+from tests.shortages import few_descriptors
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(400)]
 Start = Callable[..., RunningService]
@@ -24,16 +22,6 @@ Start = Callable[..., RunningService]
 SHORT_SECONDS = 4.0
 START_SECONDS = 10.0
 CONFIG = "disks: {m: {backend: malloc, size: 16MiB, device: /dev/nbd0}}"
-
-
-@contextmanager
-def few_descriptors(pid: int, spare: int) -> Iterator[None]:
-    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit_for(pid, spare), before[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize("spares", [range(3), range(3, 6), range(6, 9)], ids=str)

@@ -7,14 +7,14 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.client import Client
 from tests.running import RunningService
+from tests.shortages import few_descriptors, little_memory
 
 Start = Callable[..., RunningService]
 MIB = 1 << 20
@@ -29,27 +29,6 @@ disks:
            listen: 'unix:{0}/direct'}}
 """
 NAMES = ("ram", "file", "direct")
-
-
-@contextmanager
-def limited(pid: int, limit: int, value: int) -> Iterator[None]:
-    """Lower a soft limit of a running process for a while."""
-    before, most = resource.prlimit(pid, limit)
-    resource.prlimit(pid, limit, (value, most))
-    try:
-        yield
-    finally:
-        resource.prlimit(pid, limit, (before, most))
-
-
-def no_more_descriptors(pid: int, more: int = 0) -> AbstractContextManager[None]:
-    highest = max(int(fd.name) for fd in Path(f"/proc/{pid}/fd").iterdir())
-    return limited(pid, resource.RLIMIT_NOFILE, highest + 1 + more)
-
-
-def no_more_memory(pid: int, more: int = 0) -> AbstractContextManager[None]:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
-    return limited(pid, resource.RLIMIT_AS, pages * resource.getpagesize() + more)
 
 
 def start_scratch(running: RunningService, folder: Path) -> int:
@@ -80,7 +59,7 @@ def test_a_worker_without_descriptors(service: Start, tmp_path: Path) -> None:
     with (
         Client(tmp_path / "ram", "ram") as before,
         socket.socket(socket.AF_UNIX) as late,
-        no_more_descriptors(worker.pid),
+        few_descriptors(worker.pid, 0),
     ):
         late.connect(str(tmp_path / "ram"))
         running.await_line(f"cannot accept a client on unix:{tmp_path}/ram: Too many open files")
@@ -96,7 +75,7 @@ def test_a_worker_without_descriptors(service: Start, tmp_path: Path) -> None:
         late.settimeout(30)
         assert late.recv(8) == b"NBDMAGIC", "the client that waited is served"
     for more in (1, 3, 5, 7):  # each is short of something else
-        with no_more_descriptors(worker.pid, more):
+        with few_descriptors(worker.pid, more):
             assert start_scratch(running, tmp_path) in (-errno.EMFILE, 0)
             running.rpc_raw("reactor_remove_disk", name="scratch")
     assert start_scratch(running, tmp_path) == 0
@@ -109,7 +88,7 @@ def test_a_worker_without_descriptors(service: Start, tmp_path: Path) -> None:
 def test_a_controller_without_descriptors(service: Start, tmp_path: Path, more: int) -> None:
     running = service(DISKS.format(tmp_path))
     worker = running.workers()[0]
-    with no_more_descriptors(running.process.pid, more):
+    with few_descriptors(running.process.pid, more):
         worker.kill()
         running.await_line("worker core 0 was ended by signal 9")
         time.sleep(SHORT_SECONDS)
@@ -125,7 +104,7 @@ def test_a_worker_without_memory(service: Start, tmp_path: Path, more: int) -> N
     failures = 0
     clients = [Client(tmp_path / name, name) for name in NAMES]
     try:
-        with no_more_memory(worker.pid, more * MIB):
+        with little_memory(worker.pid, more * MIB):
             for client in clients:
                 failures += sum(not_served(client, size * MIB) for size in (1, 8, 32))
                 failures += many_not_served(client)
@@ -168,7 +147,7 @@ def test_a_controller_without_memory(service: Start, tmp_path: Path, more: int) 
     # Its workers inherit the limit: what is spawned meanwhile may fail and is replaced later.
     running = service(DISKS.format(tmp_path))
     worker = running.workers()[0]
-    with no_more_memory(running.process.pid, more * MIB):
+    with little_memory(running.process.pid, more * MIB):
         for _ in range(20):
             running.rpc("reactor_get_disks")
         start_scratch(running, tmp_path)
