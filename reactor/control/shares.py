@@ -289,15 +289,7 @@ class Shares:
 
     def stop(self) -> None:
         """Have the disk drained and closed."""
-
-        def stopped(worker: WorkerProcess, _message: Message) -> None:
-            share = self.of(worker)
-            assert share is not None
-            share.close()
-
-        within = DRAIN_SECONDS + ANSWER_SECONDS
-        fields = {"disk": self._disk, "seconds": DRAIN_SECONDS}
-        self._ask(self.opened, "stop", "stopped", within, stopped, **fields)
+        self._stop(self.opened)
 
     def kill_silent(self) -> None:
         """Wait no longer than it usually takes, and end the workers that are silent meanwhile."""
@@ -387,6 +379,16 @@ class Shares:
             *(self._disk, share.worker.core, share.given_up),
         )
 
+    def _stop(self, shares: Sequence[Share]) -> None:
+        def stopped(worker: WorkerProcess, _message: Message) -> None:
+            share = self.of(worker)
+            assert share is not None
+            share.close()
+
+        within = DRAIN_SECONDS + ANSWER_SECONDS
+        fields = {"disk": self._disk, "seconds": DRAIN_SECONDS}
+        self._ask(shares, "stop", "stopped", within, stopped, **fields)
+
     def _ask(
         self,
         shares: Sequence[Share],
@@ -408,6 +410,9 @@ class Shares:
             worker.kill(why)
         elif share.opened:  # it serves on, but for its clients; it is told again
             log.warning("disk %s: %s", self._disk, why)
+        elif self.opened:
+            self._give_up(share, DeviceError(errno.ETIMEDOUT, why))
+            self._stop([share])  # it may yet open it
         else:
             share.opened = True  # it may yet do so: have it stopped
             self._on_failed(DeviceError(errno.ETIMEDOUT, why))
