@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.machine.machine import Machine
-from tests.machine.operator import Operator, changes
+from tests.machine.operator import ROOT, Operator, changes
 
 LONG = pytest.mark.timeout(1800)
 ONLY_ADD = ("--skip-tags", "nbd_reactor_install,nbd_reactor_disks")
@@ -49,6 +50,8 @@ case " $* " in *" --check "*) exec /opt/nbd-reactor/releases/{whole}/bin/nbd-rea
 echo this release is broken
 exit 1
 """
+PAGE = ROOT / "deploy/systemd.md"
+DROP_IN = "/etc/systemd/system/srv-images.mount.d/nbd-reactor.conf"
 CONTENT = "find /etc /opt -type f -exec sha256sum {} + ; find /etc /opt -type l -printf '%p %l\\n'"
 
 
@@ -57,13 +60,33 @@ def operator(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Oper
     operator = Operator(machine, tmp_path_factory.mktemp("operator"))
     operator.variables["nbd_reactor_disks"] = DISKS
     operator.variables["nbd_reactor_options"] = ["--cores=0-1"]
-    machine.run("mkdir -p /srv/images")
+    mount_images(machine)
     return operator
+
+
+def mount_images(machine: Machine) -> None:
+    """Have the images where the network mounts something, with the drop-in that this needs."""
+    machine.run("mkdir /srv/images && truncate -s 256M /srv/network && mkfs.ext4 -q /srv/network")
+    machine.run("echo /srv/network /srv/images ext4 loop,_netdev 0 0 >>/etc/fstab")
+    found = re.search(r"<<'END'\n(.*?)^END$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert found is not None
+    machine.write(DROP_IN, found[1])
+    machine.run("systemctl daemon-reload && systemctl start srv-images.mount")
 
 
 @pytest.fixture(scope="module")
 def bare(operator: Operator, machine: Machine) -> str:
     return machine.run(LISTING)
+
+
+@LONG
+def test_images_that_the_network_mounts_need_a_drop_in(
+    operator: Operator, machine: Machine, bare: str
+) -> None:
+    machine.run(f"mv {DROP_IN} /tmp/drop-in && systemctl daemon-reload")
+    assert "srv-images.mount starts after the service" in operator.play("install", fails=True)
+    machine.run(f"mv /tmp/drop-in {DROP_IN} && systemctl daemon-reload")
+    assert machine.run(LISTING) == bare
 
 
 @LONG

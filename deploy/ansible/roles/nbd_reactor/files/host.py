@@ -34,7 +34,7 @@ from pathlib import Path
 BLOCK = Path("/sys/block")
 CLIENT = Path("/opt/nbd-reactor/current/bin/nbd-reactorctl")
 CONFIG = Path("/etc/nbd-reactor/disks.yaml")
-FINDFS = Path("/sbin/findfs")
+FINDFS = "/sbin/findfs"
 FSTAB = Path("/etc/fstab")
 MEMORY = Path("/dev/shm")
 NAMES = Path("/dev/disk/by-nbd")
@@ -44,6 +44,7 @@ print(json.dumps(list(yaml.load(sys.stdin, yaml.BaseLoader)["disks"])))
 """
 PROC = Path("/proc")
 INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
+REMOTE = "remote-fs-pre.target"
 TAG = re.compile(r"(UUID|LABEL|PARTUUID|PARTLABEL)=.")
 TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to content
 UNIT = "/nbd-reactor.service"
@@ -84,7 +85,21 @@ def preflight(devices: str, directories: str) -> dict[str, object]:
         for directory in json.loads(directories)
         if not Path(directory).is_dir()
     ]
+    problems += [
+        f"{directory}: {unit} starts after the service, as all that the network mounts (After="
+        f"{REMOTE}), and the service needs it: give that unit the drop-in of systemd.md"
+        for directory in json.loads(directories)
+        if (unit := late_mount(Path(directory)))
+    ]
     return {"python": version, "problems": problems}
+
+
+def late_mount(directory: Path) -> str:
+    """Return the unit that mounts a directory, if it waits for what the service comes before."""
+    point = next(path for path in (directory, *directory.parents) if path.is_mount())
+    unit = answer("systemd-escape", "--path", "--suffix=mount", str(point))
+    after = answer("systemctl", "show", "--property=After", "--value", unit)
+    return unit if REMOTE in after.split() else ""
 
 
 def place(prefix: str, copies: str, links: str, mode: str) -> list[str]:
@@ -251,8 +266,7 @@ def promises(*names: str) -> list[str]:
 def meant(source: str) -> str:
     """Return the device that a line of fstab means by now, by whatever name."""
     if TAG.match(source):
-        done = subprocess.run([FINDFS, source], capture_output=True, text=True, check=False)
-        source = done.stdout.strip()
+        source = answer(FINDFS, source)
     return os.path.realpath(source) if source.startswith("/dev/") else source
 
 
@@ -273,6 +287,14 @@ def old(current: str, kept: str) -> list[str]:
     others = [mark.parent for mark in reversed(marks) if mark.parent != Path(current).resolve()]
     used_now = releases()
     return [str(path) for path in others[int(kept) :] if path.name not in used_now]
+
+
+def answer(*command: str) -> str:
+    """Return what a command prints; nothing when the host does not have it."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def has(module: str) -> bool:
