@@ -162,11 +162,13 @@ class Controller:
         done = self._when_saved(done)
         try:
             self._check_new(spec)
-            disk = self._add(Wish(spec, place(spec, self._placed(), self._machine)))
-            self._save()
+            wish = Wish(spec, place(spec, self._placed(), self._machine))
+            self._save_first(wish)
         except OSError as error:
             done(error)
             return
+
+        disk = self._add(wish)
 
         def created(error: Exception | None) -> None:
             if error is not None and disk.desired == "online":
@@ -182,9 +184,10 @@ class Controller:
         disk = self._changeable(name, done)
         if disk is None:
             return
-        if disk.desired == "stopped" and disk.settled:
+        if disk.desired == "stopped":
             try:
-                disk = self._placed_anew(disk)
+                disk = self._placed_anew(disk) if disk.settled else disk
+                self._save_first(replace(disk.wish, desired="online"))
             except OSError as error:
                 done(error)
                 return
@@ -230,6 +233,12 @@ class Controller:
         elif device is not None and self._holder(device) is not None:
             done(OSError(errno.EBUSY, f"{device} is in use by disk {self._holder(device)}"))
         else:
+            try:
+                wanted = disk.spec.with_device(device or "auto")
+                self._save_first(replace(disk.wish, spec=wanted))
+            except OSError as error:
+                done(error)
+                return
             disk.attach(device, attached)
 
     def detach(self, device: str, done: Done) -> None:
@@ -454,6 +463,12 @@ class Controller:
             self._stopping or self._holding
         ):  # those that are stopped now come back, should this process die
             self._saving.save(self._state())
+
+    def _save_first(self, wish: Wish) -> None:
+        """Save what a disk will be before anybody can rely on it; raises OSError if that fails."""
+        wishes = {disk.spec.name: disk.wish for disk in self._disks.values()}
+        wishes[wish.spec.name] = wish
+        self._saving.first(replace(self._state(), wishes=tuple(wishes.values())))
 
     def _state(self) -> SavedState:
         wishes = tuple(disk.wish for disk in self._disks.values())

@@ -80,9 +80,13 @@ class SavedState:
             for wish in self.wishes
         )
         successors = {name: each for name, each in self.successors.items() if name not in there}
-        return replace(
-            self, wishes=wishes, successors=successors, configured={**self.configured, **there}
-        )
+        known = {wish.spec.name for wish in self.wishes}
+        configured = {
+            name: spec  # without what is new, which must not be taken for removed
+            for name, spec in {**self.configured, **there}.items()
+            if name in known or name not in there
+        }
+        return replace(self, wishes=wishes, successors=successors, configured=configured)
 
     def let_go(self) -> SavedState:
         """Return the same without what keeps storage from being made anew."""

@@ -26,7 +26,7 @@ class Saving:
 
     def save(self, state: SavedState) -> None:
         """Save `state`, if that is not done."""
-        if state == self._last:
+        if state == self._last and self.error is None:
             return
         try:
             self._platform.save(state.encode(self._platform.instance, self._platform.boot))
@@ -36,6 +36,13 @@ class Saving:
             self.error = error
         else:
             self._last, self.error = state, None
+
+    def first(self, state: SavedState) -> None:
+        """Save `state` before it is begun; raises OSError, and then it must not be."""
+        self.save(state)
+        if self.error is not None:
+            why = f"nothing was done, as it could not be saved: {reason(self.error)}"
+            raise OSError(self.error.errno, why)
 
     def soon(self, then: Callable[[], None]) -> None:
         """Save once for all that ask for it in this turn of the loop, and go on with `then`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -235,17 +236,21 @@ def test_a_state_that_cannot_be_saved_stops_nothing(service: Start, tmp_path: Pa
     (running.runtime_dir / "state.json.new").mkdir()
     keys = {"backend": "malloc", "size": "1MiB"}
     answer = running.rpc_raw("reactor_start_disk", name="made", keys=keys)
-    assert "it is done, but cannot be saved for a restart" in answer["error"]["message"]
+    assert "nothing was done, as it could not be saved" in answer["error"]["message"]
     answer = running.rpc_raw("bdev_malloc_create", name="spdk", num_blocks=2048, block_size=512)
-    assert "it is done, but cannot be saved for a restart" in answer["error"]["message"]
-    assert running.rpc("bdev_get_bdevs", name="spdk")
+    assert answer["error"]["code"] == -errno.EISDIR
+    assert [disk["name"] for disk in running.rpc("reactor_get_disks")] == ["a"]
     running.await_line("a controller that starts now would not know all")
-    assert running.rpc("reactor_get_disks", name="made")[0]["state"] == "online"
+    answer = running.rpc_raw("reactor_resize_disk", name="a", size=8 << 20)
+    assert "it is done, but cannot be saved for a restart" in answer["error"]["message"]
+    answer = running.rpc_raw("bdev_malloc_delete", name="a")
+    assert "it is done, but cannot be saved for a restart" in answer["error"]["message"]
     state, outdated = (running.runtime_dir / f"state{what}.json" for what in ("", "-outdated"))
     assert outdated.exists()  # it is not taken for all that ran
     assert not state.exists()
     (running.runtime_dir / "state.json.new").rmdir()
     running.await_true(state.exists)
+    running.rpc("reactor_start_disk", name="made", keys=keys)
     assert b'"made"' in state.read_bytes()
     running.await_true(lambda: not outdated.exists())
 

@@ -14,6 +14,7 @@ from tests.simulation.kernel import KernelDevice
 #: With these a command was refused, and nothing is changed.
 REFUSED: Final = (errno.EEXIST, errno.EBUSY, errno.EPERM, errno.ENODEV, errno.ESHUTDOWN)
 UNSAVED: Final = "cannot be saved for a restart"
+UNDONE: Final = "nothing was done"
 
 
 class Subject:
@@ -92,7 +93,7 @@ class Subject:
         if not isinstance(error, Exception):
             self._unsaved = None
             return True
-        if self._host.unsaved:
+        if self._host.unsaved and UNDONE not in str(error):
             self._unsaved = self._host.saves
         return is_unsaved(error)
 
@@ -104,4 +105,4 @@ def is_unsaved(error: Exception) -> bool:
 
 def is_refusal(error: Exception | str | None) -> bool:
     """Whether an answer says that nothing was changed."""
-    return isinstance(error, OSError) and error.errno in REFUSED
+    return isinstance(error, OSError) and (error.errno in REFUSED or UNDONE in str(error))

@@ -90,6 +90,14 @@ def test_what_the_kernel_holds_is_believed_before_an_outdated_state() -> None:
     assert saved.as_held([now, RAM], {tag("abc", FILE)}) == saved
 
 
+def test_what_came_after_an_outdated_state_was_not_removed() -> None:
+    saved = SavedState((wish(RAM),), {}, {"ram": RAM, "file": FILE}, complete=False)
+    held = saved.as_held([RAM, FILE], {tag("abc", FILE)})
+    assert held == replace(saved, configured={"ram": RAM})
+    (_, added) = at_start(held, RAM, FILE)
+    assert added.spec == FILE
+
+
 def test_what_was_saved_is_read() -> None:
     gone = Wish(FILE, Placement(1, (0, 1)), "gone", hot=True)
     state = SavedState(
