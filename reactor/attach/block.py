@@ -91,6 +91,7 @@ class Device(ABC):
     def __init__(self, index: int) -> None:
         self.index = index
         self.path = device_path(index)
+        self._holder: int | None = None  # the thread that configured it, as in sysfs
 
     @abstractmethod
     def reconnect(self, kernel_ends: Sequence[socket], worker_ends: Sequence[socket]) -> None:
@@ -131,10 +132,17 @@ class Device(ABC):
         number = error.errno or errno.EIO
         return DeviceError(number, f"{self.path} {what}: {error.strerror or error}")
 
-    def await_release(self, holder: int | None) -> None:
-        """Wait until the kernel has forgotten what the thread `holder` configured."""
+    def is_held(self) -> bool:
+        """Whether, after a `detach`, the kernel has it as it was, for those who have it open."""
+        try:
+            return self._holder is not None and sysfs.pid(self.index) == self._holder
+        except OSError:  # that cannot be known now
+            return True
+
+    def _await_release(self) -> None:
+        """Wait until the kernel has forgotten what was configured."""
         deadline = time.monotonic() + RELEASE_SECONDS
-        while holder is not None and sysfs.pid(self.index) == holder:
+        while self._holder is not None and sysfs.pid(self.index) == self._holder:
             if time.monotonic() > deadline:
                 users = occupants.users(self.path, self.index)
                 raise occupants.still_used(self.path, users)

@@ -64,9 +64,7 @@ def adopt(tag: str, *, patient: bool = False) -> Device | None:
     if not devices:
         return None
     _prepare()
-    if patient:
-        netlink.set_io_timeout(devices[0].index)
-    return devices[0]
+    return netlink.NetlinkDevice(devices[0].index, tag, patient=patient)
 
 
 def claims(path: str) -> list[str]:

@@ -102,7 +102,6 @@ class IoctlDevice(Device):
         self._kernel_ends = kernel_ends
         self._lock = threading.Lock()  # _fd is open while it is held and _released is not set
         self._disconnected: threading.Event | None = None  # while NBD_DISCONNECT is under way
-        self._holder: int | None = None  # the thread's id, as in sysfs
         self._error: OSError | None = None
         self._returned = threading.Event()
         self._released = threading.Event()
@@ -155,7 +154,7 @@ class IoctlDevice(Device):
         if not self._released.wait(STOP_SECONDS):
             raise DeviceError(errno.ETIMEDOUT, f"{self.path} is not released by the kernel")
         # By now another may have the device.
-        self.await_release(self._holder)
+        self._await_release()
 
     def _disconnect(self) -> bool:
         """Have the kernel end its connections; returns whether it is told, or need not be."""

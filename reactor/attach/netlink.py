@@ -65,10 +65,10 @@ def connect(index: int | None, attachment: Attachment) -> NetlinkDevice:
     except BaseException:
         family.close()
         raise
-    if not attachment.timeout and len(attachment.kernel_ends) == 1:
-        set_io_timeout(taken)
+    patient = not attachment.timeout and len(attachment.kernel_ends) == 1
+    device = NetlinkDevice(taken, attachment.tag, family, patient=patient)
     sysfs.announce(taken)
-    return NetlinkDevice(taken, attachment.tag, family)
+    return device
 
 
 def _connect(family: Family, index: int | None, attachment: Attachment) -> int:
@@ -95,7 +95,7 @@ def _connect(family: Family, index: int | None, attachment: Attachment) -> int:
         raise _refusal(f"{name} cannot be attached", error) from error
 
 
-def set_io_timeout(index: int) -> None:
+def _set_io_timeout(index: int) -> None:
     """Have I/O that was in flight when a worker died sent again soon; not awaited.
 
     Since Linux 6.11 the kernel first awaits the requests in flight, which may wait for us.
@@ -116,16 +116,27 @@ def set_io_timeout(index: int) -> None:
 
 
 class NetlinkDevice(Device):
-    """A device that the kernel holds under a tag, whoever serves it."""
+    """A device that the kernel holds under a tag, whoever serves it.
+
+    `patient`: a request may take any time.
+    """
 
     way = "netlink"
     can_reconnect = True
 
-    def __init__(self, index: int, tag: str, owner: Family | None = None) -> None:
+    def __init__(
+        self, index: int, tag: str, owner: Family | None = None, *, patient: bool = False
+    ) -> None:
         super().__init__(index)
         self._tag = tag
+        self._patient = patient
         # Kept open: kernels may come to release a device when the socket that connected it closes.
         self._owner = owner
+        self._set_io_timeout()
+
+    def probe(self) -> None:
+        super().probe()
+        self._set_io_timeout()
 
     def reconnect(self, kernel_ends: Sequence[socket], worker_ends: Sequence[socket]) -> None:
         try:
@@ -141,6 +152,12 @@ class NetlinkDevice(Device):
         if not all(_is_connected(end) for end in worker_ends):
             message = f"{self.path} has not noticed yet that its connection is dead"
             raise DeviceError(errno.EAGAIN, message)
+        self._set_io_timeout()
+
+    def _set_io_timeout(self) -> None:
+        """Do so, unless it is done: in a shortage it fails."""
+        if self._patient:
+            _set_io_timeout(self.index)
 
     def resize(self, size: int, block_size: int) -> None:
         if sysfs.size(self.index) == size and sysfs.block_size(self.index) == block_size:
@@ -158,12 +175,12 @@ class NetlinkDevice(Device):
             raise
 
     def detach(self) -> None:
-        holder = sysfs.pid(self.index)
-        if holder is not None:
+        self._holder = sysfs.pid(self.index)
+        if self._holder is not None:
             self._check_ours()
             self._ask("cannot be detached", NBD_CMD_DISCONNECT)
             try:
-                self.await_release(holder)
+                self._await_release()
             finally:
                 sysfs.announce(self.index)
         if self._owner is not None:

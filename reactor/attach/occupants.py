@@ -31,6 +31,8 @@ def occupation(path: str, index: int) -> str:
     if tag is not None and tag.startswith(TAG_PREFIX):
         return f"{path} is attached by nbd-reactor already, as {tag}"
     owner = _process(thread)
+    if owner is None and (used := users(path, index)):
+        return f"{path} is attached already by a program that has ended, and used by {listed(used)}"
     if owner is None:
         free = f"if nobody needs it: nbd-client -d {path}"
         return f"{path} is attached already, by another program over netlink; {free}"

@@ -127,6 +127,7 @@ class DiskControl:
             done(OSError(errno.EPERM, message))
             return
         self._attaching = done
+        self._link.forgive()
         self.spec = self.spec.with_device(device or "auto")
         self._again(None)
 
@@ -360,7 +361,7 @@ class DiskControl:
             if self._errand.busy():
                 return
         if device is None:
-            why = self._host.attach_hindrance(self)
+            why = self._host.attach_hindrance(self) or link.hindrance(self.spec.device)
             waits = self._waiting.holds(why, briefly=self.spec.device == "auto")
             if self.spec.device and not shares.closed and not waits:
                 link.attach(self.spec, shares.common_geometry)

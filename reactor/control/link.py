@@ -12,7 +12,7 @@ from reactor.attach.device import Device
 from reactor.control.errand import Errand
 from reactor.control.platform import Platform
 from reactor.control.shares import ANSWER_SECONDS, DRAIN_SECONDS, Geometry, Share
-from reactor.control.slots import Delivery, Slot, drop
+from reactor.control.slots import Delivery, Slot, drop, server
 from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess
 from reactor.errors import DeviceError, is_shortage, reason
@@ -67,10 +67,9 @@ class DeviceLink:
         self._slots: list[Slot] = []  # in the kernel's order
         self._generation = 0
         self._detaching = False
+        self._left: Device | None = None  # it had this one, which others still have open
         self._adopted = False  # an earlier controller attached it, with so many sockets as it knew
-        self._tries = 0
-        self._tries_for_sockets = 0
-        self._failed_probes = 0
+        self._tries = self._tries_for_sockets = self._failed_probes = 0
         self._dead_timeout = 0  # seconds for which the kernel holds I/O
         self._waited = 0.0  # seconds, for calls that did not finish
         self._linked_ns = 0
@@ -95,8 +94,15 @@ class DeviceLink:
         """Whether nothing is amiss: there is no device, or it is served as it should be."""
         return self.device is None or self.linked
 
+    def hindrance(self, wanted: str | None) -> str:
+        """Return why the device that it had cannot be attached again yet; empty: it can."""
+        if self._left is None or self._left.path != wanted or not self._left.is_held():
+            return ""
+        return f"waits for those who have {wanted} open to let it go"
+
     def forgive(self) -> None:
-        """Begin to count failures anew."""
+        """Begin to count failures anew, and wait for nobody."""
+        self._left = None
         self._tries = self._tries_for_sockets = self._failed_probes = 0
 
     def stay(self) -> None:
@@ -197,7 +203,7 @@ class DeviceLink:
     def reconnect(self, device: Device) -> bool:
         """Give the device new sockets for those that were lost and can be served; False if none."""
         lost = self._lost()
-        if not any(self._server(slot.place).opened for slot in lost):
+        if not any(server(self._shares, slot.place).opened for slot in lost):
             return False
         self._reconnect(device, lost)
         return True
@@ -215,7 +221,7 @@ class DeviceLink:
         # that are there, each at its own place if it can be.
         for slot, place in zip(lost, sorted((s.place for s in lost), key=self._order), strict=True):
             slot.place = place
-        mended = [slot for slot in lost if self._server(slot.place).opened]
+        mended = [slot for slot in lost if server(self._shares, slot.place).opened]
         pairs = self._socket_pairs(mended)
         if pairs is None:
             return
@@ -354,6 +360,7 @@ class DeviceLink:
             if self._lacks(error):
                 return
             self.device, self.probed = None, False
+            self._left = None if device.can_reconnect or error is None else device
             if error is not None:
                 log.error("disk %s: %s", self._disk, reason(error))
 
@@ -449,16 +456,8 @@ class DeviceLink:
         """Return the shares whose workers serve the device, each once."""
         return list(dict.fromkeys(slot.share for slot in self._slots if slot.share is not None))
 
-    def _server(self, place: int) -> Share:
-        """Return who is to serve the connection: another one where a worker was given up."""
-        own = self._shares[place]
-        if not own.given_up:
-            return own
-        others = [share for share in dict.fromkeys(self._shares) if not share.given_up]
-        return others[place % len(others)] if others else own
-
     def _order(self, place: int) -> tuple[bool, int]:
-        return not self._server(place).opened, place
+        return not server(self._shares, place).opened, place
 
     def _socket_pairs(
         self, slots: Sequence[Slot]
@@ -472,7 +471,7 @@ class DeviceLink:
         try:
             for slot in slots:
                 kernel_end, worker_end = self._platform.socket_pair()
-                share = self._server(slot.place)
+                share = server(self._shares, slot.place)
                 kernel_ends.append(kernel_end)
                 deliveries.append(Delivery(slot, share, share.worker.pid, worker_end))
         except OSError as error:

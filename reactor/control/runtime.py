@@ -30,7 +30,7 @@ OWNER_SECONDS: Final = 1.0  # until a worker that has its lock must have said so
 OWNER_PAUSE_SECONDS: Final = 0.02
 
 #: What decoding raises when a file is not what was written.
-DAMAGE: Final = (ValueError, LookupError, TypeError, RecursionError)
+DAMAGE: Final = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 log = logger(__name__)
 

@@ -29,6 +29,15 @@ class Delivery:
     end: socket.socket
 
 
+def server(shares: Sequence[Share], place: int) -> Share:
+    """Return who is to serve the connection: another one where a worker was given up."""
+    own = shares[place]
+    if not own.given_up:
+        return own
+    others = [share for share in dict.fromkeys(shares) if not share.given_up]
+    return others[place % len(others)] if others else own
+
+
 def drop(deliveries: Sequence[Delivery]) -> None:
     """Close what is not delivered; the kernel then sees its ends dead."""
     for delivery in deliveries:

@@ -204,6 +204,14 @@ def test_requests_are_asked_for_every_second_unless_that_would_fail_slow_ones(
     device.probe()
 
 
+def test_what_could_not_be_set_in_a_shortage_is_set_later(attached: Attach) -> None:
+    device = attached()
+    wait_until(lambda: queue(device, "io_timeout") == "1000")
+    Path(f"/sys/block/nbd{device.index}/queue/io_timeout").write_text("30000")
+    device.probe()
+    wait_until(lambda: queue(device, "io_timeout") == "1000")
+
+
 def test_a_write_in_flight_survives_its_server(server: Server, attached: Attach) -> None:
     device = attached()
     with write_in_flight(server, device, b"b") as writing:

@@ -69,8 +69,12 @@ class SimulatedDevice:
 
         wait()
 
+    def is_held(self) -> bool:
+        """Whether the driver still has it as it was."""
+        return self._kernel.configured and self._kernel.sockets is self._sockets
+
     def _await_release(self, since: int) -> None:
-        if not self._kernel.configured or self._kernel.sockets is not self._sockets:
+        if not self.is_held():
             return
         if self._driver.world.now - since > RELEASE_SECONDS * NS:
             raise DeviceError(errno.EBUSY, f"{self.path} is disconnected, but stays in use")

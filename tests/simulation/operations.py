@@ -374,8 +374,9 @@ class Operator:
         for name, subject in self.subjects.items():
             if name in now and now[name] != before.get(name):
                 subject.ends = subject.ends & {"online", "stopped"}
-                named = now[name].device not in (None, "auto")
-                subject.device = now[name].device if named else None
+                device, earlier = now[name].device, before.get(name)
+                if earlier is None or device != earlier.device:  # else a detach counts
+                    subject.device = device if device != "auto" else None
             elif name in now:
                 subject.ends.discard("gone")
             elif name in before and name not in now:
