@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from ipaddress import ip_address
 from typing import Any, Final, Literal, TypeAlias
@@ -134,7 +134,7 @@ class DiskSpec:
 
     def to_message(self) -> dict[str, Any]:
         """Return the plain map that crosses the bus."""
-        plain = asdict(self)
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
         plain["listen"] = [str(address) for address in self.listen]
         plain["options"] = dict(self.options)
         return plain

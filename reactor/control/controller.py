@@ -13,9 +13,10 @@ from typing import Final
 from backends import registry
 from reactor.control.configured import Configured
 from reactor.control.disk import DiskControl
-from reactor.control.holders import attach_hindrance, hindrance, holder
+from reactor.control.holders import holder
 from reactor.control.host import Host
 from reactor.control.leftovers import LeftDevices
+from reactor.control.neighbours import Neighbours
 from reactor.control.notify import notify, notify_reloading
 from reactor.control.plan import Machine, Placement, place
 from reactor.control.platform import Platform
@@ -63,6 +64,7 @@ class Controller:
         self._handed = handed
         self._disks: dict[str, DiskControl] = {}
         self._configured = Configured(platform, self._disks)
+        self._neighbours = Neighbours(platform.reactor, self._disks, self._configured)
         self._saving = Saving(platform, self._save)
         self._took_over = False  # what a dead controller left
         self._suspects: tuple[int, ...] = ()  # cores whose workers may have any disk
@@ -76,11 +78,12 @@ class Controller:
             self._on_settled,
             self._configured.grown,
             lambda: self._holding,
-            lambda disk: hindrance(disk, self._disks.values()),
+            self._neighbours.rivals.listens,
+            self._neighbours.hindrance,
             self._attach_hindrance,
             self._configured.is_succeeded,
         )
-        self._left_devices = LeftDevices(platform, self._step_waiting)
+        self._left_devices = LeftDevices(platform, self._neighbours.wake)
         self._bus = platform.connect(self._on_event)
         self._workforce = Workforce(
             platform, self._bus, options.cores, self._on_worker, self._on_hello
@@ -99,7 +102,7 @@ class Controller:
         before = saved.configured
         now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
         wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
-        self._configured.specs = before
+        self._configured.specs |= before
         self._configured.successors |= {
             name: successor for name, successor in saved.successors.items() if name in now
         }
@@ -352,42 +355,34 @@ class Controller:
         if disk is not None and disk.desired == "gone":
             if self._disks.get(disk.spec.name) is disk:
                 del self._disks[disk.spec.name]
+                self._neighbours.rivals.remove(disk, for_good=True)
             self._succeed(disk)
-        self._step_waiting()
+        self._neighbours.wake()
         if self._stopping:
             self._end_if_stopped()
         elif self._reloading or not self.ready:
             # Later: a disk that is made now, and cannot be, is to go; it fails no strict start.
             self.reactor.call_from_thread(self._report_ready)
 
-    def _step_waiting(self) -> None:
-        """Let those go on that may have waited for a device to be free."""
-        for disk in self._disks.values():
-            if disk.path is None and disk.spec.device is not None:
-                self.reactor.call_from_thread(disk.step)
-
     def _succeed(self, disk: DiskControl) -> None:
         successor = self._configured.successors.pop(disk.spec.name, None)
         if successor is None:
-            self._save()
+            self._saving.soon(self._neighbours.wake)
             return
         spec, same = successor.spec, successor.spec.same_storage(disk.spec)
         placement = self._configured.place_of(spec, self._machine)
         made = disk.wish.made if same else 0
         wish = Wish(spec, placement, successor.desired, made=made)
         added = self._add(wish, known=same and disk.has_storage)
-        self._save()
-        added.step()
+        self._saving.soon(added.step)
 
     def _attach_hindrance(self, disk: DiskControl) -> str:
-        if disk.spec.name in self._left_devices.disks:
-            return "waits for its old device to be free"
-        coming = (successor.spec for successor in self._configured.successors.values())
-        return attach_hindrance(disk, self._disks.values(), coming)
+        return self._neighbours.attach_hindrance(disk, self._left_devices.disks)
 
     def _report_ready(self) -> None:
-        settled = self._workforce.up and all(disk.settled for disk in self._disks.values())
-        if self._stopping or not settled or (self.ready and not self._reloading):
+        if self._stopping or not self._workforce.up or (self.ready and not self._reloading):
+            return
+        if not all(disk.settled for disk in self._disks.values()):
             return
         first, self.ready, self._reloading = not self.ready, True, False
         failed = [name for name, disk in self._disks.items() if disk.state == "failed"]
@@ -454,7 +449,10 @@ class Controller:
         spec = wish.spec
         wish = replace(wish, former=tuple({*wish.former, *self._suspects}))
         disk = DiskControl(self._host, wish, self._workforce.everyone, known=known)
+        if spec.name in self._disks:
+            self._neighbours.rivals.remove(self._disks[spec.name], for_good=False)
         self._disks[spec.name] = disk
+        self._neighbours.rivals.add(disk)
         return disk
 
     def _save(self) -> None:
@@ -471,8 +469,8 @@ class Controller:
         self._saving.first(replace(self._state(), wishes=tuple(wishes.values())))
 
     def _state(self) -> SavedState:
-        wishes = tuple(disk.wish for disk in self._disks.values())
-        return SavedState(wishes, dict(self._configured.successors), self._configured.specs)
+        wishes, configured = tuple(disk.wish for disk in self._disks.values()), self._configured
+        return SavedState(wishes, dict(configured.successors), dict(configured.specs))
 
     def _when_saved(self, done: Done) -> Done:
         """Return a `done` that tells no success that the next controller would not know of."""

@@ -100,11 +100,10 @@ class DiskControl:
         self._wanted_size = size
         self.spec = replace(self.spec, device=spec.device, listen=spec.listen)
         self._shares.listen = spec.listen
+        self._host.listens(self, spec.listen)
         if size < shown and size != self.spec.options.get("size", 0):
-            log.warning(
-                "disk %s keeps its %d bytes: a reload does not cut a disk, `resize` does",
-                *(self.spec.name, shown),
-            )
+            why = "disk %s keeps its %d bytes: a reload does not cut a disk, `resize` does"
+            log.warning(why, self.spec.name, shown)
         self.want("stopped" if self.desired == "stopped" else "online")
         self._grow()
 
@@ -272,6 +271,7 @@ class DiskControl:
         if not self._shares.are_of(report, self.spec):
             return False
         self._shares.found(share, report)
+        self._host.listens(self, share.listen)
         self._link.found(share, report["connections"], asked_ns)
         if share.refusing:
             self._on_removed(share, report["reason"])
@@ -292,9 +292,11 @@ class DiskControl:
         """Do the next thing, if nothing is awaited."""
         if self._host.holding() or (self.desired == "gone" and self.settled):
             return  # what has its name and its memory now is another disk
-        if self._learns_made():
+        self._learn_made()
+        if self._saved != self.wish:
+            self.settled = False
+            self._host.save_soon(self._go_on)
             return
-        self._save()
         if self._shares.unknown or self._awaited_former():
             return
         if self._errand.busy():
@@ -324,18 +326,14 @@ class DiskControl:
     def _awaited_former(self) -> list[WorkerProcess]:
         return [w for w in self._former.values() if w is not None and w.unknown]
 
-    def _learns_made(self) -> bool:
-        """Note what its storage has. Whether that waits to be saved, before anyone relies on it."""
-        if not self.rising or self._resize is not None or not self._shares.opened:
-            return False
-        size = self._shares.common_geometry.size
-        if size in (0, self._made):  # 0: opened, perhaps, by a worker that has not answered
-            return False
-        self._made = size
-        self._host.save_soon(self._saved_made)
-        return True
+    def _learn_made(self) -> None:
+        """Note what its storage has; it is saved before anyone relies on it."""
+        if self.rising and self._resize is None and self._shares.opened:
+            # 0: opened, perhaps, by a worker that has not answered
+            self._made = self._shares.common_geometry.size or self._made
 
-    def _saved_made(self) -> None:
+    def _go_on(self) -> None:
+        """Go on: what it should be was saved."""
         self._saved = self.wish
         self.step()
 
@@ -411,7 +409,11 @@ class DiskControl:
         else:
             keep_memory = self.keep_device or self._host.is_succeeded(self)
             if self.desired == "gone" and not keep_memory and self.has_storage:
-                self.discard()
+                if self._made:
+                    self._made = 0
+                    self.step()  # that is saved first
+                    return
+                self._discard()
             self._settle()
 
     def _writes_back(self) -> bool:
@@ -427,10 +429,8 @@ class DiskControl:
         elif not link.reconnect(device):
             self._shares.open_next(self.spec, self._made)
 
-    def discard(self) -> None:
+    def _discard(self) -> None:
         """Remove what the disk keeps outside its worker."""
-        self._made = 0
-        self._save()
         try:
             self._host.platform.discard(self.spec.backend, self.spec.name)
         except (OSError, ReactorError) as error:

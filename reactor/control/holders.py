@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Collection, Iterable
+from itertools import chain
 
 from backends import registry
 from reactor.control.disk import DiskControl
@@ -39,19 +40,25 @@ def attach_hindrance(
         return ""
     if disk.spec.device == "auto":
         # Whoever names its device goes first, or `auto` might take it.
-        naming = [spec for spec in coming if spec.device not in (None, "auto")]
-        naming += [other.spec for other in disks if _awaits_device(other)]
-        return f"waits for disk {naming[0].name} to be on {naming[0].device}" if naming else ""
+        first = named_first(disks, coming)
+        return f"waits for disk {first.name} to be on {first.device}" if first else ""
     for other in disks:
         if other.path == disk.spec.device and _leaves_device(other):
             return f"waits for disk {other.spec.name} to leave {other.path}"
     return ""
 
 
+def named_first(disks: Iterable[DiskControl], coming: Iterable[DiskSpec]) -> DiskSpec | None:
+    """Return one that is to be on a device that it names, and is not yet, if there is any."""
+    naming = (spec for spec in coming if spec.device not in (None, "auto"))
+    return next(chain(naming, (disk.spec for disk in disks if _awaits_device(disk))), None)
+
+
 def hindrance(disk: DiskControl, disks: Iterable[DiskControl]) -> str:
     """Return what `disk` must wait for before it is opened, for the operator; empty: nothing.
 
-    Raises OSError EBUSY when another disk has its storage, and keeps it.
+    `disks`: at least all with one of its addresses or paths. Raises OSError EBUSY when another disk
+    has its storage, and keeps it.
     """
     for other in disks:
         if other is disk:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reactor.control.platform import Platform
+from reactor.spec import Address
 
 if TYPE_CHECKING:
     from reactor.control.disk import DiskControl
@@ -22,8 +23,7 @@ class Host:
     on_settled: Callable[[DiskControl], None]  # a disk is what it should be, or failed
     on_grown: Callable[[DiskControl], None]  # a disk has the size that its config asked for
     holding: Callable[[], bool]  # no disk goes on before all know what they will be
-    hindrance: Callable[
-        [DiskControl], str
-    ]  # what it must wait for before it is opened, if anything
-    attach_hindrance: Callable[[DiskControl], str]  # ... before it is attached
+    listens: Callable[[DiskControl, Iterable[Address]], None]  # a disk does, or will, there
+    hindrance: Callable[[DiskControl], str]  # what it must wait for before it is opened
+    attach_hindrance: Callable[[DiskControl], str]  # ... before it is attached; empty: nothing
     is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage

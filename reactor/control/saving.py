@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import Final
 
 from reactor.control.platform import Platform
 from reactor.control.saved import SavedState
 from reactor.control.service import UnsavedError
 from reactor.errors import reason
 from reactor.log import logger
+
+PAUSE_SECONDS_MAX: Final = 1.0
 
 log = logger(__name__)
 
@@ -22,7 +25,8 @@ class Saving:
         self._platform = platform
         self._save = save
         self._last: SavedState | None = None
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: dict[Callable[[], None], None] = {}  # once each
+        self._took = 0.0  # seconds, at the last time
 
     def save(self, state: SavedState) -> None:
         """Save `state`, if that is not done."""
@@ -45,10 +49,13 @@ class Saving:
             raise OSError(self.error.errno, why)
 
     def soon(self, then: Callable[[], None]) -> None:
-        """Save once for all that ask for it in this turn of the loop, and go on with `then`."""
+        """Save once for all that ask for it by then, and go on with `then`.
+
+        With many disks that takes long; it is done no more than half of the time.
+        """
         if not self._waiting:
-            self._platform.reactor.call_later(0, self._save_for_all)
-        self._waiting.append(then)
+            self._platform.reactor.call_later(self._took, self._save_for_all)
+        self._waiting[then] = None
 
     def outcome(self, error: Exception | None, *, stopping: bool) -> Exception | None:
         """Return what to tell of what ended so: no success that is not known to a later start."""
@@ -61,7 +68,10 @@ class Saving:
         return error
 
     def _save_for_all(self) -> None:
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, {}
+        clock = self._platform.reactor.clock
+        began = clock()
         self._save()
+        self._took = min(PAUSE_SECONDS_MAX, (clock() - began) / 1e9)
         for then in waiting:
             then()
