@@ -45,7 +45,9 @@ class Asked:
         """Wait for its end; raises the OSError that it ended with, TimeoutError if it did not."""
         while not self._done.wait(LOOK_SECONDS if seconds is None else seconds):
             if seconds is not None:
-                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+                if self.process is not None:
+                    self.process.suspect()
+                raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
             if self.process is not None:
                 self.process.kill_hung()
         if self._failure:
@@ -153,6 +155,7 @@ class _Process:
         self._on_answer = on_answer
         self._on_end = on_end
         self._gone = threading.Event()
+        self._suspected = False
         self._socket, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-P", "-m", "reactor.attach.deviceio", *options]
         with contextlib.ExitStack() as undo, its_end:
@@ -176,7 +179,23 @@ class _Process:
     def await_ready(self) -> None:
         """Wait until it has started, but once only; raises TimeoutError when it has not."""
         if not self._ready.wait(max(0.0, self._ready_until - time.monotonic())):
-            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            raise TimeoutError(errno.ETIMEDOUT, "the process for device I/O does not start")
+
+    def suspect(self) -> None:
+        """Have it killed if it hangs itself, but wait for nothing."""
+        if self._suspected:
+            return
+        self._suspected = True
+        try:
+            background.start(self._clear_up)
+        except OSError:  # the next who waits in vain tries again
+            self._suspected = False
+
+    def _clear_up(self) -> None:
+        try:
+            self.kill_hung()
+        finally:
+            self._suspected = False
 
     def kill_hung(self) -> None:
         """Kill it if it says nothing when it is asked."""

@@ -19,7 +19,6 @@ from reactor.spec import AttachWay
 __all__ = ["DEVICE_IO", "Device", "adopt", "attach", "claims", "held"]
 
 SOMEBODY: Final = "somebody"
-LOOK_SECONDS: Final = 0.2  # the controller's loop waits: an open of a device can hang
 
 _PATH: Final = re.compile(r"/dev/nbd(0|[1-9][0-9]{0,5})")
 
@@ -67,27 +66,26 @@ def adopt(tag: str, *, patient: bool = False) -> Device | None:
     return netlink.NetlinkDevice(devices[0].index, tag, patient=patient)
 
 
-def claims(path: str) -> list[str]:
+def claims(path: str, seconds: float) -> list[str]:
     """Return what stands on a device, in words: mounts, swap, other devices.
 
-    In whatever mount namespace, and by whatever name, as the kernel itself is asked. When it does
-    not say in time, or that cannot be known, somebody may.
+    In whatever mount namespace, and by whatever name, as the kernel itself is asked. Raises OSError
+    when that cannot be known, TimeoutError when the device does not answer for so many seconds.
     """
     index = _index(path)
     assert index is not None
-    try:
-        found = occupants.claims(path, index)
-    except OSError:
-        return [SOMEBODY]
-    return found or ([SOMEBODY] if _is_claimed(index) else [])
+    return occupants.claims(path, index) or ([SOMEBODY] if _is_claimed(index, seconds) else [])
 
 
-def _is_claimed(index: int) -> bool:
+def _is_claimed(index: int, seconds: float) -> bool:
     try:
         DEVICE_IO.await_start()
-        DEVICE_IO.ask(What.LOOK, index).wait(LOOK_SECONDS)
+        DEVICE_IO.ask(What.LOOK, index).wait(seconds)
     except OSError as error:
-        return error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV)
+        if error.errno == errno.EBUSY:
+            return True
+        if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+            raise
     return False
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reactor.control.disk import DiskControl
-from reactor.control.obstacles import obstacle, obstacle_to_removal
+from reactor.control.obstacles import Uses, obstacle, obstacle_to_removal
 from reactor.control.plan import Machine, Placement, place_anyhow, place_together
 from reactor.control.platform import Platform
 from reactor.control.saved import Desired, Successor, leaves, planned, reconfigured
@@ -31,7 +31,7 @@ class Configured:
     """
 
     def __init__(self, platform: Platform, disks: Mapping[str, DiskControl]) -> None:
-        self.specs: Mapping[str, DiskSpec] = {}
+        self.specs: dict[str, DiskSpec] = {}
         self.successors: dict[str, Successor] = {}
         self.places: Mapping[str, Placement] = {}  # of all disks, as it was read again last
         self._growing: dict[str, DiskSpec] = {}  # what it says of disks whose size is on its way
@@ -40,13 +40,14 @@ class Configured:
 
     def note(self, name: str, spec: DiskSpec | None) -> None:
         """Note what the config says of a disk, now that it is begun."""
-        others = {other: spec for other, spec in self.specs.items() if other != name}
-        self.specs = others if spec is None else {**others, name: spec}
+        self.specs.pop(name, None)
+        if spec is not None:
+            self.specs[name] = spec
 
     def resume(self, now: Mapping[str, DiskSpec]) -> None:
         """Have the disks that an earlier controller left become what the config says now."""
-        before = self.specs
-        obstacles = self._obstacles(now, self.places)
+        before = dict(self.specs)
+        obstacles = self._obstacles(now, self.places, Uses(self._platform))
         self._let_go_of(before.keys() - now.keys(), obstacles)
         for name, disk in list(self._disks.items()):
             spec, was = now.get(name), before.get(name)
@@ -67,6 +68,7 @@ class Configured:
         running |= {name: successor.spec for name, successor in self.successors.items()}
         specs = planned(now, before, running)
         obstacles: dict[str, str] = {}
+        uses = Uses(self._platform)
         while True:
             placed = [
                 (disk.spec, disk.placement)
@@ -79,7 +81,7 @@ class Configured:
             except OSError as error:
                 why = "; ".join([str(error.strerror), *obstacles.values()])
                 raise OSError(error.errno, why) from error
-            found = self._obstacles(now, places)
+            found = self._obstacles(now, places, uses)
             if found.keys() <= obstacles.keys():
                 return Plan(places, obstacles)
             obstacles |= found  # others follow the addresses that these keep
@@ -91,7 +93,7 @@ class Configured:
 
         Returns what cannot be, for the operator: it is tried again when the config is read again.
         """
-        before, self.places = self.specs, plan.places
+        before, self.places = dict(self.specs), plan.places
         for name, disk in self._disks.items():
             disk.obstacle = plan.obstacles.get(name, "")
         self._let_go_of(before.keys() - now.keys(), plan.obstacles)
@@ -194,7 +196,7 @@ class Configured:
         return "stopped" if disk.desired == "stopped" else "online"
 
     def _obstacles(
-        self, now: Mapping[str, DiskSpec], places: Mapping[str, Placement]
+        self, now: Mapping[str, DiskSpec], places: Mapping[str, Placement], uses: Uses
     ) -> dict[str, str]:
         """Return why disks must stay as they are, by name, if the others go to their places."""
         found: dict[str, str] = {}
@@ -202,7 +204,9 @@ class Configured:
             kept = [self._disks[name] for name in found]
             more: dict[str, str] = {}
             for name, disk in self._disks.items():
-                why = "" if name in found else self._obstacle(disk, now.get(name), places, kept)
+                why = (
+                    "" if name in found else self._obstacle(disk, now.get(name), places, kept, uses)
+                )
                 if why:
                     more[name] = why
             if not more:
@@ -215,15 +219,16 @@ class Configured:
         spec: DiskSpec | None,
         places: Mapping[str, Placement],
         kept: Sequence[DiskControl],
+        uses: Uses,
     ) -> str:
         if spec is None:
             known = disk.spec.name in self.specs
-            return obstacle_to_removal(self._platform, disk) if known else ""
+            return obstacle_to_removal(uses, disk) if known else ""
         if not self._differs(disk, spec, places):
             return ""
         wanted = self._wanted(disk, spec)
         in_place = self._in_place(disk, wanted, places)
-        return obstacle(self._platform, disk, wanted, kept, in_place=in_place)
+        return obstacle(uses, disk, wanted, kept, in_place=in_place)
 
     def _differs(self, disk: DiskControl, spec: DiskSpec, places: Mapping[str, Placement]) -> bool:
         if spec != self.specs.get(spec.name):

@@ -114,8 +114,11 @@ class Platform(Protocol):
         `patient`: its requests may take any time; who attached it may have died before it said so.
         """
 
-    def claims(self, device: str) -> list[str]:
-        """Return what stands on an attached device, in words: mounts, swap, other devices."""
+    def claims(self, device: str, seconds: float) -> list[str]:
+        """Return what stands on an attached device, in words: mounts, swap, other devices.
+
+        Raises OSError when that cannot be known, or the device does not answer for so long.
+        """
 
     def held(self, prefix: str) -> list[str]:
         """Return the tags that begin with `prefix` of all devices that the kernel holds."""

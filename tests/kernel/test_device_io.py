@@ -140,3 +140,23 @@ def test_it_is_kept_from_waiting_for_memory(service: Start) -> None:
     assert Path(f"/proc/{process.pid}/oom_score_adj").read_text().strip() == "-900"
     flags = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[6]
     assert int(flags) & PF_MEMALLOC_NOIO
+
+
+def test_a_reload_does_not_wait_for_one_that_hangs(service: Start) -> None:
+    running = service(CONFIG)
+    process = process_of(running)
+    process.suspend()
+    running.config_path.write_text(CONFIG.replace("MiB,", "MiB, dead_timeout: 60,"))
+    answer = running.rpc_raw("reactor_reload")["error"]["message"]
+    for name, device in (("waits", "/dev/nbd0"), ("mounted", "/dev/nbd1")):
+        assert f"{name} stays as it was: it cannot be known whether {device} is in use" in answer
+    assert "somebody" not in answer
+    running.await_true(lambda: (device_io(running.process.pid) or process) != process)
+    running.rpc("reactor_reload")
+    for name in ("waits", "mounted"):
+        running.await_true(lambda name=name: "dead_timeout" in config_of(running, name))
+        running.await_state(name, "online")
+
+
+def config_of(running: RunningService, name: str) -> str:
+    return str(running.rpc("reactor_get_disks", name=name)[0]["config"])

@@ -227,7 +227,7 @@ class SimulatedPlatform:
             device.io_timeout = IO_TIMEOUT
         return NetlinkDevice(self.host.driver, device)
 
-    def claims(self, device: str) -> list[str]:
+    def claims(self, device: str, _seconds: float) -> list[str]:
         """Return the applications that have mounted the device."""
         (kernel,) = (kernel for kernel in self.host.driver.devices if kernel.path == device)
         return [str(opener) for opener in kernel.openers if getattr(opener, "mounts", False)]

@@ -155,6 +155,22 @@ def test_one_that_hangs_is_replaced(asked: DeviceIO, monkeypatch: pytest.MonkeyP
     assert process_of(asked) != process
 
 
+def test_one_that_hangs_is_replaced_by_who_waits_no_longer(
+    asked: DeviceIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "ALIVE_SECONDS", 1.0)
+    process = process_of(asked)
+    process.suspend()
+    calls = [asked.ask(What.LOOK, NOWHERE) for _ in range(3)]
+    for call in calls:
+        with pytest.raises(TimeoutError):
+            call.wait(0.01)
+    for call in calls:
+        with pytest.raises(FileNotFoundError):
+            call.wait(WAIT_SECONDS)
+    assert process_of(asked) != process
+
+
 def test_one_that_never_starts_is_awaited_once(
     asked: DeviceIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,9 +89,28 @@ def test_what_is_not_there_is_one(number: int, monkeypatch: pytest.MonkeyPatch) 
         assert occupants.claims("/dev/nbd7", 7) == []
 
 
-def test_a_device_of_which_nothing_is_known_may_be_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    with failing(errno.EMFILE, monkeypatch):
-        assert device.claims("/dev/nbd7") == ["somebody"]
+def test_that_it_is_in_use_is_said_only_when_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    with failing(errno.EMFILE, monkeypatch), pytest.raises(OSError, match="Too many open files"):
+        device.claims("/dev/nbd7", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("number", "claims"),
+    [(errno.EBUSY, ["somebody"]), (errno.ENXIO, []), (errno.ETIMEDOUT, None), (errno.ENOMEM, None)],
+)
+def test_the_kernel_has_the_last_word_on_claims(
+    number: int, claims: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(device.DEVICE_IO, "await_start", lambda: None)
+    monkeypatch.setattr(device.DEVICE_IO, "ask", answer)
+    if claims is not None:
+        assert device.claims("/dev/nbd777", 0.0) == claims
+        return
+    with pytest.raises(OSError, match=os.strerror(number)):
+        device.claims("/dev/nbd777", 0.0)
 
 
 def test_claims_are_of_the_device_and_its_partitions() -> None:
