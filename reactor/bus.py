@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import zmq
 
+from reactor import background
 from reactor.errors import BusError
 from reactor.log import logger
 from reactor.loop import Reactor
@@ -22,9 +23,22 @@ from reactor.messages import COMMANDS, EVENTS, MESSAGE_MAX, Message, decode, enc
 
 QUEUE_MAX: Final = 10_000  # messages to one peer; beyond, sending is refused
 MESSAGES_PER_TURN: Final = 64
+THREADS: Final = 2  # of ZeroMQ: for I/O, and to end sockets
+DESCRIPTORS: Final = 8  # of these threads and the first socket, and some to spare
 RECEIVE_BYTES: Final = 4096  # a descriptor's header
 
 log = logger(__name__)
+
+
+def _prove_room() -> None:
+    """Raise OSError where ZeroMQ would end the process: for want of threads or descriptors."""
+    descriptors: list[int] = []
+    try:
+        descriptors.extend(os.eventfd(0) for _ in range(DESCRIPTORS))
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    background.prove(THREADS)
 
 
 class _Socket:
@@ -32,8 +46,9 @@ class _Socket:
 
     def __init__(self, reactor: Reactor, kind: int, name: str) -> None:
         self._reactor = reactor
-        self._context = zmq.Context(io_threads=1)
+        _prove_room()
         try:
+            self._context = zmq.Context(io_threads=1)
             self._socket = self._context.socket(kind)
         except zmq.ZMQError as error:
             raise OSError(error.errno, f"control bus: {error}") from error

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Final, Literal, TypeAlias
 
+from reactor import background
+
 LogFormat: TypeAlias = Literal["text", "json"]
 FORMATS: Final[tuple[LogFormat, ...]] = ("text", "json")
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
@@ -89,11 +91,13 @@ class _Writer(logging.Handler):
         super().__init__()
         self._flood = _Flood()
         self._lines: queue.Queue[str | None] = queue.Queue(LINES_MAX)
-        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+        self._ended = threading.Event()
         # Signals are for the main thread: there they may be blocked.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        self._thread.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        try:
+            background.start(self._write_all)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         atexit.register(self._end)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -113,15 +117,19 @@ class _Writer(logging.Handler):
             with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
                 sys.stderr.write(line)
                 sys.stderr.flush()
+        self._ended.set()
 
     def _end(self) -> None:
         with contextlib.suppress(queue.Full):
             self._lines.put_nowait(None)
-            self._thread.join(END_SECONDS)
+            self._ended.wait(END_SECONDS)
 
 
 def set_up(process: str, log_format: LogFormat, level: str) -> None:
-    """Send this process's log to standard error; `process` names it on every line."""
+    """Send this process's log to standard error; `process` names it on every line.
+
+    Raises OSError.
+    """
     root = logging.getLogger()
     writer = _writer() or _Writer()
     writer.setFormatter(_Json(process) if log_format == "json" else _Text(process))

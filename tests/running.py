@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,15 @@ import psutil
 # Deadlines, not durations: an emulated CPU is 20 times slower.
 START_SECONDS = 300 if os.environ.get("KERNEL_GUEST") == "qemu" else 60
 STOP_SECONDS = 60
+ROOT = Path(__file__).parents[1]
+
+
+def copy_program(folder: Path) -> Path:
+    """Make a copy of the program that `RunningService` can run; returns where it is."""
+    for package in ("reactor", "backends"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    return folder
 
 
 class RunningService:
@@ -109,6 +119,20 @@ class RunningService:
                     living[worker["core"]] = psutil.Process(worker["pid"])
         return living
 
+    def unborn_worker(self, dead: int) -> psutil.Process:
+        """Return the process that follows worker `dead`, as early as it can be seen."""
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            with suppress(psutil.Error):
+                children = psutil.Process(self.process.pid).children()
+                others = (child for child in children if child.pid != dead)
+                found.extend(child for child in others if "reactor.data" in child.cmdline())
+            return bool(found)
+
+        self.await_true(look, pause=0.002)
+        return found[0]
+
     def await_state(self, name: str, state: str, seconds: float = START_SECONDS) -> dict[str, Any]:
         """Wait until disk `name` is in `state`; returns what reactor_get_disks says of it."""
         deadline = time.monotonic() + seconds
@@ -119,12 +143,14 @@ class RunningService:
             assert time.monotonic() < deadline, f"{disk}\n{self.log}"
             time.sleep(0.02)
 
-    def await_true(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+    def await_true(
+        self, condition: Callable[[], bool], seconds: float = START_SECONDS, pause: float = 0.05
+    ) -> None:
         """Wait until `condition` holds."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.log
-            time.sleep(0.05)
+            time.sleep(pause)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Stop it, check that nothing is left, and return the exit status."""

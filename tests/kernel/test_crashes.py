@@ -7,7 +7,6 @@ and when follows from the seed that is told.
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import time
 from collections import defaultdict
@@ -32,13 +31,12 @@ from tests.applications import (
 from tests.commands import attached
 from tests.conftest import SEED
 from tests.crashing import CrashingService, strikes
-from tests.running import STOP_SECONDS, RunningService
+from tests.running import STOP_SECONDS, RunningService, copy_program
 
 CRASHES = int(os.environ.get("NBD_REACTOR_CRASHES", "10"))
 RESTARTS = 4
 OVERCOME_SECONDS = 120.0
 NEXT_VERSION = "999.0.0"
-ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(300 + 20 * CRASHES)]
 Start = Callable[..., RunningService]
@@ -181,9 +179,7 @@ def test_another_version_takes_over(service: Start, tmp_path: Path, tell: Tell) 
 
 def next_version(folder: Path) -> Path:
     """Make a copy of the program that has another version; returns where it is."""
-    for package in ("reactor", "backends"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
+    copy_program(folder)
     (folder / "reactor" / "__init__.py").write_text(f'__version__ = "{NEXT_VERSION}"\n')
     return folder
 

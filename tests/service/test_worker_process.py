@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import socket
 import subprocess
 import sys
@@ -12,10 +14,16 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ctl
-from tests.running import RunningService
+from tests.running import RunningService, copy_program
 from tests.service.memory_disks import nbdsh, ram
 
 Start = Callable[..., RunningService]
+SHORTAGE = 4  # exit status
+
+
+def worker_arguments(folder: Path) -> list[str]:
+    arguments = ["--runtime-dir", str(folder), "--instance", "0badcafe", "--mode", "interrupt"]
+    return [*arguments, "--log-format", "text", "--log-level", "info"]
 
 
 def make_socket(path: Path) -> None:
@@ -58,6 +66,53 @@ def test_what_is_no_lock_file_is_named_and_the_core_given_up(
     nbdsh(tmp_path, "a", "h.pwrite(b'a' * 4096, 0)")
 
 
+@pytest.mark.parametrize("more", [1, 4, 8, 12, 16, 20, 24])
+def test_a_worker_without_memory_says_so_wherever_its_boot_ends(tmp_path: Path, more: int) -> None:
+    check_shortage(tmp_path, resource.RLIMIT_AS, more << 20, "memory|failed to map|exception")
+
+
+@pytest.mark.parametrize("files", [4, 6, 8, 10, 12])
+def test_a_worker_without_descriptors_says_so(tmp_path: Path, files: int) -> None:
+    check_shortage(tmp_path, resource.RLIMIT_NOFILE, files, "Too many open files")
+
+
+def check_shortage(folder: Path, limit: int, value: int, why: str) -> None:
+    program = """
+import resource, runpy, sys
+limit, value = map(int, sys.argv[-2:])
+del sys.argv[-2:]
+if limit == resource.RLIMIT_AS:  # beyond what the interpreter has
+    value += int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(limit, (value, value))
+runpy.run_module("reactor.data", run_name="__main__", alter_sys=True)
+"""
+    command = [sys.executable, "-c", program, *worker_arguments(folder), str(limit), str(value)]
+    done = subprocess.run(
+        command, input=f"0 {os.getpid()}\n", stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == SHORTAGE, done.stderr
+    assert re.fullmatch(f".*cannot (start|be loaded): .*({why}).*\n", done.stderr), done.stderr
+
+
+def test_a_boot_that_cannot_go_on_ends_a_start(tmp_path: Path, service: Start) -> None:
+    program = copy_program(tmp_path / "program")
+    (program / "reactor" / "data" / "__main__.py").write_text("raise SystemExit(1)\n")
+    running = service(ram(tmp_path, "a"), program=program)
+    assert "worker core 0 is given up" in running.log
+    assert running.await_state("a", "failed")["reason"] == "the worker of core 0 keeps dying"
+
+
+def test_a_stopped_worker_leaves_its_stack(service: Start, tmp_path: Path) -> None:
+    running = service(ram(tmp_path, "a"))
+    worker = running.workers()[0]
+    worker.suspend()
+    running.await_line(f"(pid {worker.pid}) is silent for")
+    running.await_line("worker core 0 was ended by signal 6")
+    assert "it did not even abort" not in running.log
+    assert "Fatal Python error: Aborted" in running.log
+    running.await_state("a", "online")
+
+
 def test_a_stop_leaves_what_is_not_its_own(service: Start, tmp_path: Path) -> None:
     runtime_dir = tmp_path / "run"
     runtime_dir.mkdir(mode=0o700)
@@ -70,15 +125,13 @@ def test_a_stop_leaves_what_is_not_its_own(service: Start, tmp_path: Path) -> No
 
 
 def test_a_worker_whose_parent_died_before_it_began_ends(tmp_path: Path) -> None:
-    arguments = ["--runtime-dir", str(tmp_path), "--instance", "0badcafe", "--mode", "interrupt"]
-    arguments += ["--log-format", "text", "--log-level", "info"]
     reading, writing = os.pipe()
     ended, ends = os.pipe()  # its other end is closed when nobody has it any more
     script = "import subprocess, sys; subprocess.Popen(sys.argv[1:], pass_fds=[int(sys.argv[-1])])"
     program = (
         "import runpy, sys; sys.argv.pop(); runpy.run_module('reactor.data', run_name='__main__')"
     )
-    worker = [sys.executable, "-c", program, *arguments, str(ends)]
+    worker = [sys.executable, "-c", program, *worker_arguments(tmp_path), str(ends)]
     with subprocess.Popen(
         [sys.executable, "-c", script, *worker], stdin=reading, pass_fds=[ends]
     ) as parent:
