@@ -248,6 +248,7 @@ class DiskControl:
 
     def worker_lost(self, share: Share) -> None:
         """Note that a worker is gone, with its channel and its ends of the sockets."""
+        share.worker.bear(self.spec.dead_timeout if self.path else 0)
         share.close()
         self.settled = self.settled and not self.rising
         self._link.worker_lost(share)

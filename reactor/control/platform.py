@@ -35,6 +35,9 @@ class Process(Protocol):
     def waits_for_medium(self) -> bool:
         """Whether it cannot run, not even be killed, before some I/O ends."""
 
+    def progress(self) -> int | None:
+        """Return a number that is another one whenever it has run; None: that cannot be seen."""
+
 
 @dataclass(frozen=True, slots=True)
 class Survivor:

@@ -33,11 +33,21 @@ class WatchedProcess:
             signal.pidfd_send_signal(self._pidfd, number)
 
     def waits_for_medium(self) -> bool:
+        status = self._status()
+        return bool(status) and status[0] == "D"  # uninterruptible
+
+    def progress(self) -> int | None:
+        # Page faults, as CPU time is counted in hundredths of seconds, and the time.
+        status = self._status()
+        return sum(int(status[field - 3]) for field in (10, 12, 14, 15)) if status else None
+
+    def _status(self) -> list[str]:
+        """Return what proc(5) says of it from field 3 on; nothing if that cannot be read."""
         try:
             status = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
-            return False
-        return status.rpartition(")")[2].split()[0] == "D"  # proc(5): uninterruptible
+            return []
+        return status.rpartition(")")[2].split()
 
     def _on_ready(self, _events: int) -> bool:
         assert self._on_exit is not None

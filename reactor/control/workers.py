@@ -20,7 +20,7 @@ ADOPT_SECONDS: Final = 20.0  # for which one may end what it had begun: it drain
 INQUIRE_SECONDS: Final = 0.1  # until it is connected
 INQUIRE_AGAIN_SECONDS: Final = 1.0
 SILENCE_SECONDS: Final = 5.0  # without heartbeat a worker is not trusted to read its sockets
-HANG_SECONDS: Final = 10.0  # without heartbeat it is killed
+HANG_SECONDS: Final = 10.0  # without heartbeat, or any progress of its start, it is killed
 AWAKE_LOOKS: Final = 2  # in a row tell that it does not wait for a medium
 ABORT_SECONDS: Final = 2.5  # from then on; by SIGABRT (stack dump), at the end by SIGKILL
 BACKOFF_SECONDS: Final = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0)
@@ -66,8 +66,13 @@ class WorkerProcess:
         self._events = 0  # heard since the last hello
         self._heard_ns = 0
         self._started_ns = 0
-        self._start_seconds = START_SECONDS
-        self._quick_deaths = 0
+        self._spawned = False  # by this controller
+        self._progress: int | None = 0  # of its boot
+        self._progress_ns = 0  # when it last made any
+        self._quick_deaths = 0  # after its hello
+        self._boot_deaths = 0  # before it, since the last one
+        self._lost_ns = 0  # when the first of these was
+        self._patience = 0.0  # seconds for which who uses it waits
         self._short = False  # of memory or descriptors, and that was said
         self._aborted = self._killed = False
         self.is_blocked = False  # a medium that it waits for was reported
@@ -115,19 +120,19 @@ class WorkerProcess:
             self._await_resources()
             self._on_change(self)
             return
-        self._begin(process, START_SECONDS)
+        self._begin(process, spawned=True)
 
     def adopt(self, process: Process) -> None:
         """Take over a living worker, with all that it has, from a controller that died."""
         log.info("worker core %d (pid %d) lives and is taken over", self.core, process.pid)
-        self._begin(process, HANG_SECONDS)
+        self._begin(process, spawned=False)
         self._asked_ns = self._reactor.clock()
         self._inquire_until_heard(process)
 
     def let_serve(self, process: Process) -> None:
         """Leave a worker that is not as ours are alone, until it is replaced or ends by itself."""
         self.is_outdated = True
-        self._begin(process, HANG_SECONDS)
+        self._begin(process, spawned=False)
 
     def replace(self) -> None:
         """Have the worker that is not as ours are finish what it does; then start another."""
@@ -138,7 +143,7 @@ class WorkerProcess:
         """Have a worker finish what it does and end."""
         log.info("worker core %d (pid %d) ends: the core is not ours now", self.core, process.pid)
         self._stopping = True
-        self._begin(process, HANG_SECONDS)
+        self._begin(process, spawned=False)
         self._leave()
 
     def _leave(self) -> None:
@@ -147,16 +152,17 @@ class WorkerProcess:
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
 
-    def _begin(self, process: Process, start_seconds: float) -> None:
+    def _begin(self, process: Process, *, spawned: bool) -> None:
         self._process = process
         process.watch(self._on_exit)
         self._identity = f"worker-{self.core}-{process.pid}".encode()
         self._started_ns = self._heard_ns = self._reactor.clock()
-        self._start_seconds = start_seconds
+        self._spawned = spawned
         self._events = 0
         self._asked_ns = 0  # what it says to older questions, or by itself, does not count
         self._aborted = self._killed = self.is_blocked = False
         self._awake_looks = 0
+        self._progress_ns = self._started_ns
         self.state = "starting"
 
     def owns(self, identity: bytes) -> bool:
@@ -195,6 +201,8 @@ class WorkerProcess:
         self.state = "running"
         if came:
             log.info("worker core %d runs (pid %s)", self.core, self.pid)
+            self._boot_deaths = 0
+            self._patience = 0.0
         self._on_hello(self, message)
         self.unknown = self._killed  # what it should not have it has until its end
         self._on_change(self)
@@ -243,9 +251,13 @@ class WorkerProcess:
 
     def look_after(self) -> None:
         """End a worker that does not start or hangs; called every second."""
-        process, silence = self._process, self._silence()
-        limit = self._start_seconds if self.state == "starting" else HANG_SECONDS
-        if process is None or self.is_outdated or silence <= limit:
+        process = self._process
+        if process is None:
+            return
+        silence, limit = self._silence(), HANG_SECONDS
+        if self._boots:
+            silence, limit = self._boot_silence(process)
+        if self.is_outdated or silence <= limit:
             return
         if process.waits_for_medium():
             # To kill it would help nobody: it would not even end before the medium answers.
@@ -268,12 +280,14 @@ class WorkerProcess:
             told = "is silent for", silence
             if self._leaving:  # it may well say something
                 told = "has not ended after", self._lived()
+            stack = "" if self._boots else ", its stack follows"  # it may not be able to yet
             log.error(
-                "worker core %d (pid %d) %s %.0f s: aborted, its stack follows",
-                *(self.core, process.pid, *told),
+                "worker core %d (pid %d) %s %.0f s: aborted%s",
+                *(self.core, process.pid, *told, stack),
             )
             self._aborted = True
             process.send_signal(signal.SIGABRT)
+            process.send_signal(signal.SIGCONT)  # one that is stopped aborts only then
 
     def kill(self, why: str) -> None:
         """Kill the process now; its end comes by `on_change`."""
@@ -299,8 +313,12 @@ class WorkerProcess:
     def revive(self) -> None:
         """Start again a worker that was given up."""
         if self.state == "failed":
-            self._quick_deaths = 0
+            self._quick_deaths = self._boot_deaths = 0
             self.spawn()
+
+    def bear(self, seconds: float) -> None:
+        """Do not give it up for so long if it cannot boot: somebody waits for its disk."""
+        self._patience = max(self._patience, seconds)
 
     # --- its death ---
 
@@ -309,6 +327,21 @@ class WorkerProcess:
 
     def _silence(self) -> float:
         return (self._reactor.clock() - self._heard_ns) / 1e9
+
+    @property
+    def _boots(self) -> bool:
+        """Whether it was started, and has yet to say hello."""
+        return self.state == "starting" and self._spawned
+
+    def _boot_silence(self, process: Process) -> tuple[float, float]:
+        """Return for how many seconds it has said nothing, or done nothing, and the limit."""
+        now, progress = self._reactor.clock(), process.progress()
+        if not self._aborted and (progress is None or progress != self._progress):
+            self._progress, self._progress_ns = progress, now
+        idle = (now - self._progress_ns) / 1e9
+        if idle > HANG_SECONDS:
+            return idle, HANG_SECONDS
+        return self._silence(), START_SECONDS
 
     def _on_exit(self, status: int | None) -> None:
         self._process = None
@@ -325,8 +358,8 @@ class WorkerProcess:
                 self._await_resources()
                 self._on_change(self)
                 return
-            quickly = self._lived() < STEADY_SECONDS
-            self._plan_respawn(quickly=quickly, hopeless=status == BOOT_FAILURE)
+            self._count_death()
+            self._plan_respawn(hopeless=status == BOOT_FAILURE)
         self._on_change(self)
 
     def _await_resources(self) -> None:
@@ -335,9 +368,29 @@ class WorkerProcess:
         self.state = "waiting"
         self._respawn = self._reactor.call_later(SHORTAGE_SECONDS, self.spawn)
 
-    def _plan_respawn(self, *, quickly: bool, hopeless: bool = False) -> None:
-        self._quick_deaths = self._quick_deaths + 1 if quickly else 1
-        if hopeless or self._quick_deaths > len(BACKOFF_SECONDS):
+    def _count_death(self) -> None:
+        if not self._boots:
+            quickly = self._lived() < STEADY_SECONDS
+            self._quick_deaths = self._quick_deaths + 1 if quickly else 1
+            return
+        if not self._boot_deaths:
+            self._lost_ns = self._reactor.clock()
+        self._boot_deaths += 1
+
+    def _keeps_dying(self) -> bool:
+        """Whether it is to be given up.
+
+        One that cannot even boot may lack memory and be unable to say so; what it serves has no
+        fault then, and is not taken from who would wait for it.
+        """
+        most = len(BACKOFF_SECONDS)
+        lost = (self._reactor.clock() - self._lost_ns) / 1e9
+        return self._quick_deaths > most or (
+            self._quick_deaths + self._boot_deaths > most and lost >= self._patience
+        )
+
+    def _plan_respawn(self, *, hopeless: bool) -> None:
+        if hopeless or self._keeps_dying():
             self.state = "failed"
             why = "cannot start; the log says why" if hopeless else "keeps dying"
             self.failure = f"the worker of core {self.core} {why}"
@@ -345,8 +398,8 @@ class WorkerProcess:
             return
         self.restarts += 1
         self.state = "waiting"
-        seconds = BACKOFF_SECONDS[self._quick_deaths - 1]
-        self._respawn = self._reactor.call_later(seconds, self.spawn)
+        deaths = min(self._quick_deaths + self._boot_deaths, len(BACKOFF_SECONDS))
+        self._respawn = self._reactor.call_later(BACKOFF_SECONDS[deaths - 1], self.spawn)
 
 
 def counters(given: dict[Any, Any]) -> dict[str, int]:

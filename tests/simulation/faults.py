@@ -22,6 +22,7 @@ RATES: Final = {
     UNSAVEABLE: 0.2,
     "a resize is refused": 0.3,
     "a worker is short of memory": 0.2,
+    "a worker dies as it boots": 0.2,
     "no memory to open a disk": 0.0,
     "slow calls": 0.3,
 }
@@ -30,6 +31,7 @@ SHORTAGES: Final = (
     "no process",
     "no socket",
     "a worker is short of memory",
+    "a worker dies as it boots",
     "no memory to open a disk",
 )
 #: Said once, to a worker that is connected, and not waited for without end.

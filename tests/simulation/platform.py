@@ -297,6 +297,10 @@ class WatchedProcess:
         """Whether it cannot even be killed."""
         return self._process.waits_for_medium()
 
+    def progress(self) -> int:
+        """Return what is another number when it has run."""
+        return self._process.progress()
+
 
 class SimulatedCall:
     """A blocking call: what it does happens at one moment, its result comes at a later one."""

@@ -60,6 +60,7 @@ class WorkerProcess:
         self.was_stopped = False  # ever
         self.gone = False
         self.stopped = False
+        self._ran_until = 0  # when it was last stopped
         self._to_end_since: int | None = None  # when it was last asked to drain and exit
         self.worker: Worker | None = None
         self.ends: dict[End, None] = {}  # that it has open
@@ -95,6 +96,9 @@ class WorkerProcess:
             return
         if self.host.faults.strikes("a worker is short of memory"):
             self.exit(SHORTAGE)
+            return
+        if self.host.faults.strikes("a worker dies as it boots"):
+            self.exit(-signal.SIGABRT)
             return
         self.host.core_locks[self.core] = self
         self.worker = self.host.make_worker(self)
@@ -139,12 +143,16 @@ class WorkerProcess:
         elif number == signal.SIGABRT:
             if not self.was_stopped and not self._drains_for_long():
                 self.world.violate(f"{self} is aborted, and never hung")
-            self.run(lambda: self.exit(-signal.SIGABRT))
+            if self.stopped:  # of all that it does when it goes on, this is the first
+                self._deferred.insert(0, lambda: self.exit(-signal.SIGABRT))
+            else:
+                self.exit(-signal.SIGABRT)
         elif number == signal.SIGTERM:
             self._to_end_since = self.world.now
             self.run(self._terminate)
         elif number == signal.SIGSTOP:
             self.stopped = self.was_stopped = True
+            self._ran_until = self.world.now
         elif number == signal.SIGCONT:
             self._go_on()
 
@@ -152,6 +160,10 @@ class WorkerProcess:
         """Whether not even SIGKILL ends it."""
         hung = any(operation.storage.hung for operation in self._operations)
         return hung and not self.gone and not self.alive
+
+    def progress(self) -> int:
+        """Return a number that is another one whenever it has run."""
+        return self._ran_until if self.stopped else self.world.now
 
     def _drains_for_long(self) -> bool:
         since = self._to_end_since

@@ -1,0 +1,96 @@
+"""A worker that dies, or hangs, before its hello."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.simulation.hosts import Hosts
+from tests.simulation.processes import WorkerProcess
+
+FAILING = "a worker dies as it boots"
+OLD_LIMIT_SECONDS = 60.0  # in which it dies more often than one may that has come up
+USED = ("stays", "moves", "wide")  # that have a device
+ONLINE = dict.fromkeys((*USED, "plain"), "online")
+
+
+def lose_worker(hosts: Hosts, core: int) -> None:
+    hosts.host.faults.short = (FAILING,)
+    hosts.worker(core).send_signal(signal.SIGKILL)
+
+
+def test_devices_wait_for_one_that_cannot_boot(hosts: Hosts) -> None:
+    lose_worker(hosts, 1)
+    hosts.let_pass(10 * OLD_LIMIT_SECONDS - 60)
+    assert hosts.states() == {
+        **ONLINE,
+        "moves": "starting",
+        "plain": "starting",
+        "wide": "starting",
+    }
+    hosts.host.faults.end()
+    hosts.await_states(**ONLINE)
+
+
+def test_a_next_controller_waits_too(hosts: Hosts) -> None:
+    lose_worker(hosts, 1)
+    hosts.service.die()
+    hosts.let_pass(OLD_LIMIT_SECONDS)
+    assert "failed" not in hosts.states().values()
+    hosts.host.faults.end()
+    hosts.await_states(**ONLINE)
+
+
+def test_one_that_cannot_boot_is_given_up_when_no_device_waits_any_more(hosts: Hosts) -> None:
+    for application in hosts.applications:
+        application.finish()
+    hosts.let_pass(5)
+    lose_worker(hosts, 1)
+    hosts.let_pass(620)
+    failed = {"moves": "failed", "plain": "failed"}
+    hosts.await_states(**{**ONLINE, **failed})
+    assert "keeps dying" in hosts.reasons()["moves"]
+
+
+def test_clients_alone_do_not_keep_one_that_cannot_boot(hosts: Hosts) -> None:
+    for name in USED:
+        hosts.free(name)
+    lose_worker(hosts, 1)
+    hosts.let_pass(OLD_LIMIT_SECONDS)
+    assert hosts.states()["plain"] == "failed"
+
+
+def test_deaths_before_the_hello_are_forgotten_with_it(hosts: Hosts) -> None:
+    lose_worker(hosts, 1)
+    hosts.let_pass(OLD_LIMIT_SECONDS)
+    hosts.host.faults.end()
+    hosts.await_states(**ONLINE)
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.let_pass(1)
+    hosts.await_states(**ONLINE)
+
+
+def stopped_before_its_hello(hosts: Hosts, core: int) -> WorkerProcess:
+    old = hosts.worker(core)
+    old.send_signal(signal.SIGKILL)
+
+    def booting() -> list[WorkerProcess]:
+        processes = hosts.host.processes.values()
+        return [p for p in processes if p.core == core and p is not old and p.worker is None]
+
+    hosts.await_true(lambda: bool(booting()))
+    (process,) = booting()
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
+def test_one_that_hangs_before_its_hello_is_replaced_as_soon_as_another(
+    hosts: Hosts, caplog: pytest.LogCaptureFixture
+) -> None:
+    hung = stopped_before_its_hello(hosts, 1)
+    hosts.let_pass(16)
+    assert hosts.signals(signal.SIGABRT, hung) == 1
+    assert hosts.signals(signal.SIGKILL, hung) == 0, "it aborts, though it was stopped"
+    assert f"(pid {hung.pid}) is silent for" in caplog.text
+    hosts.await_states(**ONLINE)
