@@ -13,7 +13,7 @@ from typing import Final
 from backends import registry
 from reactor.control.configured import Configured
 from reactor.control.disk import DiskControl
-from reactor.control.holders import holder
+from reactor.control.holders import check_new, holder
 from reactor.control.host import Host
 from reactor.control.leftovers import LeftDevices
 from reactor.control.neighbours import Neighbours
@@ -37,7 +37,6 @@ TICK_SECONDS: Final = 1.0
 SETTLED_TICKS: Final = 10
 STOP_SECONDS: Final = 120.0  # an orderly stop; after that it is forced
 FORCE_SECONDS: Final = 15.0
-DISKS_MAX: Final = 4096
 
 log = logger(__name__)
 
@@ -164,9 +163,11 @@ class Controller:
         """Make a new disk and bring it up."""
         done = self._when_saved(done)
         try:
-            self._check_new(spec)
+            if self._stopping:
+                raise OSError(errno.ESHUTDOWN, "the service is stopping")
+            check_new(spec, self._disks)
             wish = Wish(spec, place(spec, self._placed(), self._machine))
-            self._save_first(wish)
+            self._saving.first(wish, self._state())
         except OSError as error:
             done(error)
             return
@@ -190,7 +191,7 @@ class Controller:
         if disk.desired == "stopped":
             try:
                 disk = self._placed_anew(disk) if disk.settled else disk
-                self._save_first(replace(disk.wish, desired="online"))
+                self._saving.first(replace(disk.wish, desired="online"), self._state())
             except OSError as error:
                 done(error)
                 return
@@ -238,7 +239,7 @@ class Controller:
         else:
             try:
                 wanted = disk.spec.with_device(device or "auto")
-                self._save_first(replace(disk.wish, spec=wanted))
+                self._saving.first(replace(disk.wish, spec=wanted), self._state())
             except OSError as error:
                 done(error)
                 return
@@ -462,12 +463,6 @@ class Controller:
         ):  # those that are stopped now come back, should this process die
             self._saving.save(self._state())
 
-    def _save_first(self, wish: Wish) -> None:
-        """Save what a disk will be before anybody can rely on it; raises OSError if that fails."""
-        wishes = {disk.spec.name: disk.wish for disk in self._disks.values()}
-        wishes[wish.spec.name] = wish
-        self._saving.first(replace(self._state(), wishes=tuple(wishes.values())))
-
     def _state(self) -> SavedState:
         wishes, configured = tuple(disk.wish for disk in self._disks.values()), self._configured
         return SavedState(wishes, dict(configured.successors), dict(configured.specs))
@@ -480,18 +475,6 @@ class Controller:
             done(self._saving.outcome(error, stopping=self._stopping))
 
         return answer
-
-    def _check_new(self, spec: DiskSpec) -> None:
-        if self._stopping:
-            raise OSError(errno.ESHUTDOWN, "the service is stopping")
-        if spec.name in self._disks:
-            raise OSError(errno.EEXIST, f"there is a disk {spec.name} already")
-        if len(self._disks) >= DISKS_MAX:
-            raise OSError(errno.ENOSPC, f"there are {DISKS_MAX} disks already")
-        if spec.device not in (None, "auto") and self._holder(spec.device) is not None:
-            raise OSError(
-                errno.EEXIST, f"{spec.device} is in use by disk {self._holder(spec.device)}"
-            )
 
     def _holder(self, device: str | None) -> str | None:
         return holder(device, self._disks.values())

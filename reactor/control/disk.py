@@ -84,9 +84,8 @@ class DiskControl:
             self._again(done, desired)
             return
         if desired == "online":
-            self.failure = None
+            self.failure, self._hot = None, False
             self._link.forgive()
-            self._hot = False
             self._shares.forgive()
         self._again_online = False
         if self.desired != "gone":

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
+from typing import Final
 
 from backends import registry
 from reactor.control.disk import DiskControl
 from reactor.spec import Address, DiskSpec
+
+DISKS_MAX: Final = 4096
+
+
+def check_new(spec: DiskSpec, disks: Mapping[str, DiskControl]) -> None:
+    """Raise OSError when there cannot be such a disk beside these."""
+    if spec.name in disks:
+        raise OSError(errno.EEXIST, f"there is a disk {spec.name} already")
+    if len(disks) >= DISKS_MAX:
+        raise OSError(errno.ENOSPC, f"there are {DISKS_MAX} disks already")
+    if spec.device not in (None, "auto") and (name := holder(spec.device, disks.values())):
+        raise OSError(errno.EEXIST, f"{spec.device} is in use by disk {name}")
 
 
 def holder(device: str | None, disks: Collection[DiskControl]) -> str | None:

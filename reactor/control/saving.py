@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from reactor.control.platform import Platform
-from reactor.control.saved import SavedState
+from reactor.control.saved import SavedState, Wish
 from reactor.control.service import UnsavedError
 from reactor.errors import reason
 from reactor.log import logger
@@ -41,9 +42,13 @@ class Saving:
         else:
             self._last, self.error = state, None
 
-    def first(self, state: SavedState) -> None:
-        """Save `state` before it is begun; raises OSError, and then it must not be."""
-        self.save(state)
+    def first(self, wish: Wish, state: SavedState) -> None:
+        """Save what a disk will be before anybody can rely on it, with what else `state` has.
+
+        Raises OSError when that fails, and then nothing may be done.
+        """
+        wishes = {each.spec.name: each for each in state.wishes} | {wish.spec.name: wish}
+        self.save(replace(state, wishes=tuple(wishes.values())))
         if self.error is not None:
             why = f"nothing was done, as it could not be saved: {reason(self.error)}"
             raise OSError(self.error.errno, why)
