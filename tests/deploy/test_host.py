@@ -108,6 +108,7 @@ def test_a_device_is_used_by_mounts_swap_and_processes_of_whatever_namespace(
         ("disks: {data: {backend: malloc}}\n", {"data"}),
         ('{"disks": {"data": {"backend": "malloc"}}}', {"data"}),
         ("disks:\n  ? data\n  : backend: malloc\n  7: {backend: malloc}\n", {"data", "7"}),
+        ("defaults: {direct: true}\ndisks: {data: }\n", {"data"}),
         ("defaults:\n  data: 1\ndisks:\n", set()),
         ("disks: {data: {", {"data", "late", "7"}),  # it cannot be told
         ("[]", {"data", "late", "7"}),
@@ -154,6 +155,48 @@ def test_devices_that_fstab_has_by_other_names_are_used(
     monkeypatch.setattr(host, "FINDFS", findfs)
     host.FSTAB.write_text(f"{source} /srv/data ext4 defaults 0 2\n")
     assert host.used() == [f"{host.FSTAB} has {source} for /srv/data"] * found
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("/dev/nbd5 /srv/data ext4 defaults", True),
+        ("/dev/nbd6p1 none swap sw", True),
+        ("/dev/nbd7 /srv/data ext4 defaults", False),
+        ("UUID=0b9a /srv/data ext4 noatime,x-systemd.after=nbd-reactor.service", True),
+        ("UUID=0b9a /srv/data ext4 x-systemd.requires=nbd-reactor.service,nofail", True),
+        ("UUID=0b9a /srv/data ext4 x-systemd.after=nbd-reactor@db.service", False),
+        ("UUID=0b9a /srv/data", False),
+    ],
+)
+def test_what_fstab_has_of_a_service_that_is_stopped_is_used(
+    host: ModuleType, line: str, *, found: bool
+) -> None:
+    host.CONFIG.write_text(
+        "defaults: {device: /dev/nbd5}\n"
+        "disks: {data: {}, raw: {device: /dev/nbd6}, late: {device: auto}}\n"
+    )
+    host.FSTAB.write_text(f"{line}\n")
+    assert len(host.used()) == found
+
+
+@pytest.mark.parametrize(
+    "source", [r"LABEL=my\040data", r"/dev/disk/by-label/my\134x20data", r"LABEL=\303\244"]
+)
+def test_escapes_of_fstab_are_understood(
+    host: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    attach(host, "nbd3", "nbd-reactor:0123abcd:0:data")
+    findfs = tmp_path / "findfs"
+    findfs.write_text('#!/bin/sh\ncase $1 in "LABEL=my data"|LABEL=ä) echo /dev/nbd3 ;; esac\n')
+    findfs.chmod(0o755)
+    monkeypatch.setattr(host, "FINDFS", findfs)
+    real = os.path.realpath
+    by_label = {r"/dev/disk/by-label/my\x20data": "/dev/nbd3"}
+    monkeypatch.setattr(host.os.path, "realpath", lambda path: by_label.get(path, real(path)))
+    host.FSTAB.write_text(f"{source} /srv/my\\040data ext4 defaults 0 2\n")
+    assert len(host.used()) == 1
+    assert "for /srv/my data" in host.used()[0]
 
 
 def test_what_outlived_the_service_is_named(

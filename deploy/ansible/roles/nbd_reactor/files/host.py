@@ -40,14 +40,17 @@ MEMORY = Path("/dev/shm")
 NAMES = Path("/dev/disk/by-nbd")
 PARSER = """\
 import json, sys, yaml
-print(json.dumps(list(yaml.load(sys.stdin, yaml.BaseLoader)["disks"])))
+config = yaml.load(sys.stdin, yaml.BaseLoader)
+keys = {name: {**dict(config.get("defaults", "")), **dict(own)}
+        for name, own in dict(config["disks"]).items()}
+print(json.dumps({name: str(own.get("device", "")) for name, own in keys.items()}))
 """
 PROC = Path("/proc")
 INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
 REMOTE = "remote-fs-pre.target"
 TAG = re.compile(r"(UUID|LABEL|PARTUUID|PARTLABEL)=.")
 TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to content
-UNIT = "/nbd-reactor.service"
+UNIT = "nbd-reactor.service"
 HIDDEN = ("/home/", "/root/", "/run/user/")
 PYTHON = Path("/opt/nbd-reactor/current/bin/python")  # has the module yaml, as the host's may not
 RELEASES = Path("/opt/nbd-reactor/releases")
@@ -249,8 +252,12 @@ def uses(*names: str) -> list[str]:
 
 
 def promises(*names: str) -> list[str]:
-    """Return what the next boot would mount or swap to: the devices, or what by-nbd has."""
-    lines = (line.split() for line in read(FSTAB).decode(errors="replace").splitlines())
+    """Return what the next boot would mount or swap to: lines of fstab that are of the service.
+
+    By its name, by a name in by-nbd, by the devices that are given or that the config names.
+    """
+    named = {Path(device).name for device in (config() or {}).values()}
+    lines = ([decoded(word) for word in line.split()] for line in read(FSTAB).splitlines())
     return [
         f"{FSTAB} has {words[0]}{f' for {words[1]}' if len(words) > 1 else ''}"
         for words in lines
@@ -258,9 +265,16 @@ def promises(*names: str) -> list[str]:
         and not words[0].startswith("#")
         and (
             words[0].startswith(f"{NAMES}/")
-            or any(is_part(meant(words[0]), name) for name in names)
+            or any(option.endswith(f"={UNIT}") for option in ",".join(words[3:4]).split(","))
+            or any(is_part(meant(words[0]), name) for name in {*names, *named})
         )
     ]
+
+
+def decoded(word: bytes) -> str:
+    """Return a word of fstab, which has blanks and backslashes in octal."""
+    plain = re.sub(rb"\\([0-3][0-7]{2})", lambda octal: bytes([int(octal[1], 8)]), word)
+    return plain.decode(errors="replace")
 
 
 def meant(source: str) -> str:
@@ -318,7 +332,7 @@ def is_ours(name: str) -> bool:
 
 def is_of_service(pid: str) -> bool:
     """Whether a process is one of the service's."""
-    return read(PROC / pid / "cgroup").decode().strip().endswith(UNIT)
+    return read(PROC / pid / "cgroup").decode().strip().endswith(f"/{UNIT}")
 
 
 def owner(name: str) -> str:
@@ -333,14 +347,20 @@ def disk(name: str) -> str:
 
 def configured(disks: set[str]) -> set[str]:
     """Return which of the disks the config has; all of them when that cannot be told."""
+    known = config()
+    return disks if known is None else disks & {*known}
+
+
+def config() -> dict[str, str] | None:
+    """Return the disks of the config, each with its device; None when they cannot be told."""
     if not CONFIG.exists():
-        return set()
+        return {}
     command = [str(PYTHON), "-c", PARSER]
     try:
         done = subprocess.run(command, input=read(CONFIG), capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return disks
-    return disks & {*json.loads(done.stdout)}
+        return None
+    return dict(json.loads(done.stdout))
 
 
 def mounts(name: str) -> list[str]:
@@ -393,7 +413,7 @@ def holders(name: str) -> list[str]:
 
 def is_part(device: str, name: str) -> bool:
     """Whether `device` is /dev/NAME or a partition of it."""
-    return re.fullmatch(rf"/dev/{name}(p\d+)?", device) is not None
+    return re.fullmatch(rf"/dev/{re.escape(name)}(p\d+)?", device) is not None
 
 
 def read(path: Path) -> bytes:
