@@ -58,6 +58,8 @@ def test_playbooks_have_no_syntax_error(playbook: Path, tmp_path: Path) -> None:
         ({"data": {"path": "/data.img"}}, "directory of their own, not /."),
         ({"data": {"path": "/srv/../home/data.img"}}, "sees no home"),
         ({"data": {"path": "data.img"}}, "unlike data.img."),
+        ({True: {}, 7: {}, 1.5: {}}, "in quotes, unlike True, 1.5."),
+        ({7: {"device": "/dev/nbd16"}}, "16 devices do not include all of /dev/nbd16;"),
     ],
 )
 def test_disks_that_cannot_be_right_are_refused_with_their_names(

@@ -98,6 +98,7 @@ def test_a_device_is_used_by_mounts_swap_and_processes_of_whatever_namespace(
     host.CONFIG.write_text("disks:\n  data:\n    backend: malloc\n")
     assert host.used('["data"]') == []
     assert len(host.used('["other"]')) == 3
+    assert host.used('["other", "data", 7]') == []
     assert host.users("/dev/nbd1p2") == ["/dev/nbd1 is held open by 13 (dd)"]
 
 

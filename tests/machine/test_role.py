@@ -175,14 +175,14 @@ def test_an_image_moves_when_nobody_uses_it_any_more(operator: Operator, machine
 @LONG
 def test_what_the_service_did_not_take_is_made_up_for(operator: Operator, machine: Machine) -> None:
     late = {"backend": "malloc", "size": "4MiB", "device": "auto"}
-    disks = {**DISKS, "data": {**DISKS["data"], "direct": True}, "late": late}
+    disks = {**DISKS, "data": {**DISKS["data"], "direct": True}, 7: late}
     changed: dict[str, Any] = {
         "nbd_reactor_disks": disks,
         "nbd_reactor_options": ["--cores=0-1", "--log-level=debug"],  # so that it is restarted
     }
     mounted = machine.run("systemctl show -P InvocationID srv-data.mount")
     assert "disk data stays as it was" in operator.play("install", fails=True, **changed)
-    machine.await_success("test -e /dev/disk/by-nbd/late")
+    machine.await_success("test -e /dev/disk/by-nbd/7")
     assert machine.run("systemctl show -P InvocationID srv-data.mount") == mounted
     assert machine.run(f"echo 1 >/proc/sys/vm/drop_caches; cat {MOUNT}/file") == "kept"
     machine.run(f"umount {MOUNT}")
@@ -190,7 +190,7 @@ def test_what_the_service_did_not_take_is_made_up_for(operator: Operator, machin
     assert changes(operator.play("install", **changed)) == 0
     operator.play("install")
     machine.run(f"mountpoint -q {MOUNT} || mount {MOUNT}")
-    machine.await_success("! test -e /dev/disk/by-nbd/late")
+    machine.await_success("! test -e /dev/disk/by-nbd/7")
 
 
 @LONG

@@ -230,7 +230,7 @@ def used(kept: str = "") -> list[str]:
     disks = {name: disk(name) for name in names if is_attached(name) and is_ours(name)}
     if not kept:
         return [*uses(*disks), *promises(*disks)]
-    gone = {*disks.values()} - {"", *json.loads(kept)}
+    gone = {*disks.values()} - {"", *map(str, json.loads(kept))}
     if gone:
         gone = configured(gone)
     return uses(*(name for name in disks if disks[name] in gone))
