@@ -230,18 +230,20 @@ def test_disks_that_are_not_online_are_told_with_the_reason(
     ]
     client = tmp_path / "client"
     monkeypatch.setattr(host, "CLIENT", client)
-    assert "No such file" in host.online("0", '["well"]')[0]
+    assert "No such file" in host.online("0", '["well"]', "all")[0]
     client.write_text(f"#!/bin/sh\necho '{json.dumps(listed)}'\n")
     client.chmod(0o755)
-    assert host.online("0", '["well"]') == []
-    assert host.online("0", '["well", "ill", 7, "late"]') == [
+    assert host.online("0", '["well"]', "all") == []
+    assert host.online("0", '["well", "ill", 7, "late"]', "all") == [
         "ill (no such file)",
         "7 (starting)",
         "late (gone)",
     ]
+    host.CONFIG.write_text("disks: {well: {}, ill: {}, other: {}}")
+    assert host.online("0", '["well", "ill", 7]', "configured") == ["ill (no such file)"]
     client.write_text("#!/bin/sh\necho no service >&2; exit 1\n")
     before = time.monotonic()
-    assert host.online("1", '["well"]') == ["no service"]
+    assert host.online("1", '["well"]', "all") == ["no service"]
     assert 1 <= time.monotonic() - before < 30
 
 

@@ -244,10 +244,14 @@ def test_upgrade_and_way_back_under_load(operator: Operator, machine: Machine, l
     running = "nbd-reactorctl status | head -n 1"
     old = machine.run("basename $(readlink /opt/nbd-reactor/current)")
     assert old.startswith("1.0.1-")
-    operator.play("upgrade", nbd_reactor_wheel=str(operator.new))
+    late = {"backend": "malloc", "size": "4MiB", "device": "auto"}  # it comes with the upgrade
+    changed: dict[str, Any] = {
+        "nbd_reactor_wheel": str(operator.new),
+        "nbd_reactor_disks": {**DISKS, "late": late},
+    }
+    operator.play("upgrade", **changed)
     assert "nbd-reactor 1.0.2" in machine.run(running)
-    said = operator.play("upgrade", "--check", nbd_reactor_wheel=str(operator.new))
-    assert changes(said) == 0
+    assert changes(operator.play("upgrade", "--check", **changed)) == 0
     operator.play("upgrade", "-e", f"nbd_reactor_release={old}")
     assert "nbd-reactor 1.0.1" in machine.run(running)
     assert machine.run("systemctl is-active load") == "active"

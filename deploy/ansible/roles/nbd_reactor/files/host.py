@@ -5,7 +5,8 @@ host.py place PREFIX COPIES LINKS MODE  [path, ...] that it changed, or with MOD
 host.py untaken FILES                   files that are not as the service took them: [path, ...]
 host.py taken FILES                     notes that the service took them as they are: null
 host.py restore                         puts back what it took last: [path, ...] that was not so
-host.py online SECONDS DISKS            waits for the disks: [line, ...] about those not online
+host.py online SECONDS DISKS WHICH      waits for the disks: [line, ...] about those not online;
+                                        with WHICH configured for those that the config has by now
 host.py left                            what outlived the service: [line, ...]
 host.py used [KEPT]                     what uses devices of the service: [line, ...]
 host.py users DEVICE                    what uses one device: [line, ...]
@@ -184,11 +185,14 @@ def content(path: Path) -> dict[str, str] | None:
     return {"text": read(path).decode(errors="surrogateescape")} if path.exists() else None
 
 
-def online(seconds: str, disks: str) -> list[str]:
+def online(seconds: str, disks: str, which: str) -> list[str]:
     """Wait until the disks are online, and return a line for each that is not by then."""
     deadline = time.monotonic() + float(seconds)
+    names = [*map(str, json.loads(disks))]
+    if which == "configured":
+        names = sorted(configured({*names}))
     while True:
-        late = offline(json.loads(disks))
+        late = offline(names)
         if not late or time.monotonic() >= deadline:
             return late
         time.sleep(0.5)
@@ -205,7 +209,7 @@ def offline(disks: list[str]) -> list[str]:
     found = {disk["name"]: disk for disk in json.loads(done.stdout)}
     return [
         f"{name} ({found[name].get('reason') or found[name]['state'] if name in found else 'gone'})"
-        for name in map(str, disks)
+        for name in disks
         if found.get(name, {}).get("state") != "online"
     ]
 
