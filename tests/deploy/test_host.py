@@ -264,6 +264,22 @@ def test_files_and_links_are_placed_once(host: ModuleType, tmp_path: Path) -> No
     assert (tmp_path / "sbin/program").readlink() == Path("/opt/program")
 
 
+def test_what_was_made_is_removed_once(host: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "home/releases").mkdir(parents=True)
+    (tmp_path / "home/releases/file").touch()
+    (tmp_path / "unit").touch()
+    (tmp_path / "link").symlink_to("home")
+    (tmp_path / "dangling").symlink_to("nothing")
+    made = [str(tmp_path / name) for name in ("dangling", "link", "unit", "home")]
+    paths = json.dumps([*made, str(tmp_path / "other")])
+    kept = sorted(tmp_path.rglob("*"))
+    assert host.remove(paths, "check") == made
+    assert sorted(tmp_path.rglob("*")) == kept
+    assert host.remove(paths, "change") == made
+    assert not any(os.path.lexists(path) for path in made)
+    assert host.remove(paths, "change") == []
+
+
 def test_what_changed_since_the_service_took_it_is_untaken(
     host: ModuleType, tmp_path: Path
 ) -> None:

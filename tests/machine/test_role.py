@@ -303,6 +303,12 @@ def test_removal_is_refused_in_use_and_leaves_nothing(
     assert changes(operator.play("uninstall", "--check", nbd_reactor_remove_images=True)) > 0
     assert machine.run(CONTENT) == before
     machine.run("systemctl is-active nbd-reactor")
+    machine.run("systemctl stop nbd-reactor && echo /dev/nbd0 /mnt ext4 noauto 0 0 >>/etc/fstab")
+    assert "/etc/fstab has /dev/nbd0 for /mnt" in operator.play("uninstall", fails=True)
+    machine.run("sed -i /nbd0/d /etc/fstab && systemctl daemon-reload")
+    machine.run("systemctl start nbd-reactor && touch /var/lib/nbd-reactor/kept")
+    assert changes(operator.play("uninstall", "-e", "nbd_reactor_remove_images=false")) > 0
+    machine.run("! test -e /opt/nbd-reactor && test -e /var/lib/nbd-reactor/kept")
     operator.play("uninstall", nbd_reactor_remove_images=True)
     machine.run("rm /srv/images/data.img")
     machine.run("! test -e /root/.cache/pip")

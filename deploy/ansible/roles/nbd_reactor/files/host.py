@@ -4,7 +4,9 @@ host.py preflight DEVICES DIRECTORIES   {"python": version, "problems": [line, .
 host.py place PREFIX COPIES LINKS MODE  [path, ...] that it changed, or with MODE check would
 host.py untaken FILES                   files that are not as the service took them: [path, ...]
 host.py taken FILES                     notes that the service took them as they are: null
-host.py restore                         puts back what it took last: [path, ...] that was not so
+host.py restore                         puts back what it took last: [path, ...] that was not so;
+                                        null where nothing is noted
+host.py remove PATHS MODE               [path, ...] that were there, and with MODE check still are
 host.py online SECONDS DISKS WHICH      waits for the disks: [line, ...] about those not online;
                                         with WHICH configured for those that the config has by now
 host.py left                            what outlived the service: [line, ...]
@@ -13,7 +15,7 @@ host.py users DEVICE                    what uses one device: [line, ...]
 host.py releases                        what runs: {release: [process, ...]}
 host.py old CURRENT KEPT                releases that can go: [path, ...]
 
-DEVICES, DIRECTORIES, FILES, DISKS and KEPT are JSON lists, COPIES and LINKS JSON objects:
+DEVICES, DIRECTORIES, FILES, PATHS, DISKS and KEPT are JSON lists, COPIES and LINKS JSON objects:
 target to source. KEPT: names of disks that stay.
 """
 
@@ -25,6 +27,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -183,6 +186,17 @@ def content(path: Path) -> dict[str, str] | None:
     if path.is_symlink():
         return {"link": str(path.readlink())}
     return {"text": read(path).decode(errors="surrogateescape")} if path.exists() else None
+
+
+def remove(paths: str, mode: str) -> list[str]:
+    """Remove files, links, and directories with all that is in them; return those there were."""
+    found = [path for path in map(Path, json.loads(paths)) if os.path.lexists(path)]
+    for path in found if mode != "check" else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return [*map(str, found)]
 
 
 def online(seconds: str, disks: str, which: str) -> list[str]:
@@ -437,6 +451,7 @@ if __name__ == "__main__":
         "untaken": untaken,
         "taken": taken,
         "restore": restore,
+        "remove": remove,
         "online": online,
         "left": left,
         "used": used,
