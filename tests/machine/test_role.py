@@ -123,6 +123,16 @@ def test_a_disk_is_installed_and_carries_a_file_system_through_a_reboot(
 
 
 @LONG
+def test_without_a_mount_of_images_the_service_does_not_start(machine: Machine) -> None:
+    machine.run("systemctl stop nbd-reactor && umount /srv/images && mv /srv/network /srv/away")
+    machine.run("! systemctl start nbd-reactor")
+    assert machine.run("journalctl -b -u nbd-reactor -g '^Dependency failed' -o cat") != ""
+    assert "srv-images.mount" in machine.run("systemctl list-units --failed '*.mount'")
+    machine.run("mv /srv/away /srv/network && systemctl start nbd-reactor")
+    machine.run(f"mountpoint -q {MOUNT} || systemctl start srv-data.mount")
+
+
+@LONG
 def test_a_file_system_is_mounted_as_what_it_is_and_nothing_else_is(
     operator: Operator, machine: Machine
 ) -> None:
