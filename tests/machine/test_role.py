@@ -43,13 +43,14 @@ find /dev/shm /run/nbd-reactor* /run/systemd/system /run/tmpfiles.d 2>/dev/null
 systemctl list-unit-files --no-legend; getent passwd; getent group
 ps -eo args | grep '[n]bd-reactor'
 """
-#: A release whose program can check a config but not run.
+#: A release whose program can check a config but not run, and how it does not.
 BROKEN = """\
 #!/bin/sh
 case " $* " in *" --check "*) exec /opt/nbd-reactor/releases/{whole}/bin/nbd-reactor "$@" ;; esac
 echo this release is broken
-exit 1
+{end}
 """
+ENDS = {"exits": "exit 1", "hangs": "trap '' TERM USR1; exec sleep 900"}
 PAGE = ROOT / "deploy/systemd.md"
 DROP_IN = "/etc/systemd/system/srv-images.mount.d/nbd-reactor.conf"
 CONTENT = "find /etc /opt -type f -exec sha256sum {} + ; find /etc /opt -type l -printf '%p %l\\n'"
@@ -268,21 +269,25 @@ def test_upgrade_and_way_back_under_load(operator: Operator, machine: Machine, l
 
 
 @LONG
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_a_release_that_does_not_start_gives_way_to_the_one_before(
-    operator: Operator, machine: Machine, load: None
+    operator: Operator, machine: Machine, load: None, end: str
 ) -> None:
     whole = machine.run("basename $(readlink /opt/nbd-reactor/current)")
     broken = "/opt/nbd-reactor/releases/broken"
     machine.run(
         f"mkdir -p {broken}/bin && ln -s ../{whole}/share {broken} && touch {broken}/installed"
     )
-    machine.write(f"{broken}/bin/nbd-reactor", BROKEN.format(whole=whole))
+    machine.write(f"{broken}/bin/nbd-reactor", BROKEN.format(whole=whole, end=end))
     machine.run(f"chmod +x {broken}/bin/nbd-reactor")
     before = machine.run(CONTENT)
-    release = ("-e", "nbd_reactor_release=broken")
-    options = ["--cores=0-1", "--log-level=debug"]
-    said = operator.play("upgrade", *release, fails=True, nbd_reactor_options=options)
+    changed: dict[str, Any] = {
+        "nbd_reactor_options": ["--cores=0-1", "--log-level=debug"],
+        "nbd_reactor_defaults": {"dead_timeout": 120},
+    }
+    said = operator.play("upgrade", "-e", "nbd_reactor_release=broken", fails=True, **changed)
     assert "What ran before runs again" in said
+    assert ("It was not ready after 60 s." in said) == (end == ENDS["hangs"])
     assert "this release is broken" in said
     assert machine.run(CONTENT) == before
     assert "nbd-reactor 1.0.1" in machine.run("nbd-reactorctl status | head -n 1")

@@ -154,10 +154,11 @@ def taken(files: str) -> None:
     replace(TAKEN, lambda new: write(new, noted.encode(), 0o600))
 
 
-def restore() -> list[str]:
-    """Put back what the service took last; nothing where nothing is noted."""
+def restore() -> list[str] | None:
+    """Put back what the service took last, and return what that changed; None without notes."""
+    all_noted = notes()
     changed = []
-    for name, noted in notes().items():
+    for name, noted in all_noted.items():
         path = Path(name)
         if content(path) == noted:
             continue
@@ -170,7 +171,7 @@ def restore() -> list[str]:
         else:
             text = noted["text"].encode(errors="surrogateescape")
             replace(path, lambda new, text=text, mode=mode: write(new, text, mode))
-    return changed
+    return changed if all_noted else None
 
 
 def notes() -> dict[str, dict[str, str] | None]:
