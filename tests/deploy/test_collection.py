@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -65,12 +64,92 @@ def test_playbooks_have_no_syntax_error(playbook: Path, tmp_path: Path) -> None:
 def test_disks_that_cannot_be_right_are_refused_with_their_names(
     disks: dict, said: str, tmp_path: Path
 ) -> None:
-    variables = json.dumps({"nbd_reactor_disks": disks, "ansible_become": False})
-    local = ("--inventory", "localhost,", "--connection", "local", "--extra-vars", variables)
-    play = tmp_path / "play.yml"
+    assert said in preflight({"nbd_reactor_disks": disks}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nbd_reactor_options=--cores=0-1"], 'JSON, as {"nbd_reactor_options": ["ITEM"]}.'),
+        (["nbd_reactor_packages=a,b"], "nbd_reactor_packages: a list is meant"),
+        (['nbd_reactor_disks={"data": {}}'], "nbd_reactor_disks: keys and values are meant."),
+        (["nbd_reactor_defaults=direct=true"], "nbd_reactor_defaults: keys and values are meant."),
+        (['{"nbd_reactor_version": 1.0}'], "nbd_reactor_version: text is meant"),
+        (['{"nbd_reactor_options": null}'], "nbd_reactor_options: a list is meant"),
+        (
+            ["nbd_reactor_nbds_max=8", '{"nbd_reactor_disks": {"data": {"device": "/dev/nbd8"}}}'],
+            "8 devices do not include all of /dev/nbd8;",
+        ),
+    ],
+)
+def test_text_of_the_command_line_is_cast_or_refused(
+    words: list[str], said: str, tmp_path: Path
+) -> None:
+    assert said in preflight({}, tmp_path, *words)
+
+
+def test_a_start_is_given_up_within_half_of_the_shortest_wait_of_a_disk(tmp_path: Path) -> None:
+    for defaults, waits, seconds in (
+        ({}, [], 300),
+        ({}, [None, 400], 200),
+        ({"dead_timeout": 200}, [300], 150),
+        ({"dead_timeout": "20"}, [None], 60),
+    ):
+        disks = {f"d{n}": {"dead_timeout": s} if s else {} for n, s in enumerate(waits)}
+        variables = {"nbd_reactor_disks": disks, "nbd_reactor_defaults": defaults}
+        assert f'"msg": "{seconds} s"' in evaluate(
+            "{{ nbd_reactor_start_seconds }} s", variables, tmp_path
+        )
+
+
+@pytest.mark.parametrize(("word", "removed"), [("", False), ("false", False), ("true", True)])
+def test_images_are_removed_only_when_that_is_said(
+    word: str, *, removed: bool, tmp_path: Path
+) -> None:
+    words = [f"nbd_reactor_remove_images={word}"] if word else []
+    said = evaluate("{{ nbd_reactor_made | join(' ') }}", {}, tmp_path, *words)
+    assert "/etc/nbd-reactor/disks.yaml" in said
+    assert ("/var/lib/nbd-reactor" in said) == removed
+
+
+@pytest.mark.parametrize("playbook", ["install", "upgrade", "add_disk"])
+def test_the_tags_choose_in_every_playbook_that_has_the_role(playbook: str, tmp_path: Path) -> None:
+    words = ("--tags", "nbd_reactor_preflight", "--extra-vars", "nbd_reactor_options=text")
+    said = play(COLLECTION / f"playbooks/{playbook}.yml", {}, tmp_path, *words, status=2)
+    assert "nbd_reactor_options: a list is meant" in said
+
+
+def preflight(variables: dict, home: Path, *extra: str) -> str:
+    """Return what the role's preflight says, which refuses this host."""
     task = {"include_role": {"name": str(ROLE), "tasks_from": "preflight.yml"}}
-    play.write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, "tasks": [task]}]))
-    assert said in run("ansible-playbook", *local, play, home=tmp_path, status=2)
+    return play(write(home, [task]), variables, home, *given(extra), status=2)
+
+
+def evaluate(expression: str, variables: dict, home: Path, *extra: str) -> str:
+    """Return what the role's variables make of an expression."""
+    role = {"import_role": {"name": str(ROLE)}, "tags": ["never"]}
+    task = {"debug": {"msg": expression}}
+    return play(write(home, [role, task]), variables, home, *given(extra))
+
+
+def given(extra: tuple[str, ...]) -> list[str]:
+    return [word for each in extra for word in ("--extra-vars", each)]
+
+
+def write(home: Path, tasks: list[dict]) -> Path:
+    path = home / "play.yml"
+    path.write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
+    return path
+
+
+def play(playbook: Path, variables: dict, home: Path, *words: str, status: int = 0) -> str:
+    """Run a playbook against this host, with variables as an inventory has them."""
+    inventory = home / "inventory.yml"
+    host = {"ansible_connection": "local", "ansible_become": False, **variables}
+    group = {"nbd_reactor": {"hosts": {"localhost": host}}}
+    inventory.write_text(yaml.safe_dump(group))
+    options = ("--inventory", inventory, *words)
+    return run("ansible-playbook", *options, playbook, home=home, status=status)
 
 
 def test_the_readme_names_every_playbook() -> None:
