@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reactor.control.disk import DiskControl
 from reactor.control.obstacles import Uses, obstacle, obstacle_to_removal
@@ -239,7 +239,17 @@ class Configured:
     def _in_place(
         self, disk: DiskControl, wanted: DiskSpec, places: Mapping[str, Placement]
     ) -> bool:
-        return disk.can_become(wanted) and not _is_misplaced(disk, places)
+        return _can_become(disk, wanted) and not _is_misplaced(disk, places)
+
+
+def _can_become(disk: DiskControl, spec: DiskSpec) -> bool:
+    """Whether only its device, its listeners or its size differ."""
+    here = replace(disk.spec, device=spec.device, listen=spec.listen)
+    return here == spec or (
+        disk.rising
+        and "size" in here.options.keys() & spec.options.keys()
+        and here == spec.with_size(here.options["size"])
+    )
 
 
 def _is_misplaced(disk: DiskControl, places: Mapping[str, Placement]) -> bool:

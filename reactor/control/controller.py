@@ -114,18 +114,20 @@ class Controller:
                 ", ".join(map(str, survivors)),
             )
             self._suspects = survivors
-        for wish in wishes:
-            name = wish.spec.name
-            if name in known:
-                self._add(wish, known=True)
-            else:  # a worker that leaves may still listen on its addresses
-                self._configured.note(name, wish.spec)
-                self._add(replace(wish, former=leaving))
+        for saved_wish in wishes:
+            spec = saved_wish.spec
             # With one connection and no timeout a request may take any time.
-            patient = wish.spec.connections == 1 and not wish.spec.timeout
-            device = platform.adopt(tag(platform.instance, wish.spec), patient=patient)
+            patient = spec.connections == 1 and not spec.timeout
+            device = platform.adopt(tag(platform.instance, spec), patient=patient)
+            lost = saved_wish.attaching and device is None  # nobody was told that it has one
+            wish = replace(saved_wish, spec=spec.with_device(None)) if lost else saved_wish
+            if spec.name in known:
+                disk = self._add(wish, known=True)
+            else:  # a worker that leaves may still listen on its addresses
+                self._configured.note(spec.name, spec)
+                disk = self._add(replace(wish, former=leaving))
             if device is not None:  # also one that it is to leave: in order, and written back
-                self._disks[name].adopt(device)
+                disk.adopt(device)
         self._save()
         self._left_devices.detach([disk.spec for disk in self._disks.values() if disk.path])
         self._workforce.begin()
@@ -236,14 +238,16 @@ class Controller:
             done(OSError(errno.ESHUTDOWN, "the service is stopping"))
         elif device is not None and self._holder(device) is not None:
             done(OSError(errno.EBUSY, f"{device} is in use by disk {self._holder(device)}"))
+        elif (refusal := disk.attach_refusal()) is not None:
+            done(refusal)
         else:
+            wanted = disk.spec.with_device(device or "auto")
             try:
-                wanted = disk.spec.with_device(device or "auto")
-                self._saving.first(replace(disk.wish, spec=wanted), self._state())
+                self._saving.first(replace(disk.wish, spec=wanted, attaching=True), self._state())
             except OSError as error:
                 done(error)
                 return
-            disk.attach(device, attached)
+            disk.attach(device or "auto", attached)
 
     def detach(self, device: str, done: Done) -> None:
         """Detach a device of ours."""

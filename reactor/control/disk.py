@@ -59,7 +59,7 @@ class DiskControl:
         self._former = {core: workers.get(core) for core in wish.former}
         self._hot = wish.hot
         self._known = known
-        self._saved = wish  # when it was last kept
+        self._saved: Wish | None = None  # what was last kept
         if wish.hot and wish.desired == "online":
             self.failure = ReactorError("its storage was removed")
         self._again_online = False  # wanted online while it was still being removed
@@ -94,7 +94,7 @@ class DiskControl:
         self._again(done, desired)
 
     def change(self, spec: DiskSpec) -> None:
-        """Become `spec`, which it `can_become`, in place."""
+        """Become `spec`, in which only device, listeners or size differ, in place."""
         size, shown = spec.options.get("size", 0), self._shares.geometry.size
         self._wanted_size = size
         self.spec = replace(self.spec, device=spec.device, listen=spec.listen)
@@ -106,27 +106,19 @@ class DiskControl:
         self.want("stopped" if self.desired == "stopped" else "online")
         self._grow()
 
-    def can_become(self, spec: DiskSpec) -> bool:
-        """Whether only its device, its listeners or its size differ."""
-        here = replace(self.spec, device=spec.device, listen=spec.listen)
-        return here == spec or (
-            self.rising
-            and "size" in here.options.keys() & spec.options.keys()
-            and here == spec.with_size(here.options["size"])
-        )
-
-    def attach(self, device: str | None, done: Callable[[str | Exception], None]) -> None:
-        """Attach to `device` (None: the first free)."""
+    def attach_refusal(self) -> OSError | None:
+        """Return why it cannot be attached to a device now, if it cannot."""
         if not self.rising:
-            done(OSError(errno.ENODEV, f"disk {self.spec.name} is {self.state}"))
-            return
+            return OSError(errno.ENODEV, f"disk {self.spec.name} is {self.state}")
         if self.spec.device is not None or self.path is not None or self._attaching is not None:
             message = f"disk {self.spec.name} is on {self.path or self.spec.device} already"
-            done(OSError(errno.EPERM, message))
-            return
+            return OSError(errno.EPERM, message)
+        return None
+
+    def attach(self, device: str, done: Callable[[str | Exception], None]) -> None:
+        """Attach to `device`, which it does not refuse."""
         self._attaching = done
-        self._link.forgive()
-        self.spec = self.spec.with_device(device or "auto")
+        self.spec = self.spec.with_device(device)
         self._again(None)
 
     def _report_resize(self, error: Exception | None) -> None:
@@ -169,7 +161,8 @@ class DiskControl:
     def wish(self) -> Wish:
         """What it should be."""
         former = tuple(core for core, w in self._former.items() if not w or w.unknown)
-        return Wish(self.spec, self.placement, self.desired, self._hot, former, self._made)
+        rest = self.desired, self._hot, former, self._made, self._attaching is not None
+        return Wish(self.spec, self.placement, *rest)
 
     @property
     def path(self) -> str | None:
@@ -225,8 +218,10 @@ class DiskControl:
         former = ", ".join(str(worker.core) for worker in self._awaited_former())
         if former and self.state != "online":
             return f"waits for the end of the worker of core {former}, which may have it open"
-        why = self._shares.shortcoming() or self._waiting.reason or self.obstacle
-        return why if self.rising else ""
+        if self.rising:
+            return self._shares.shortcoming() or self._waiting.reason or self.obstacle
+        waits = self._is_unwritten() and not self._shares.opened
+        return f"waits for a worker to write back {self.path}" if waits else ""
 
     # --- what happens ---
 
@@ -359,7 +354,8 @@ class DiskControl:
             if self._errand.busy():
                 return
         if device is None:
-            why = self._host.attach_hindrance(self) or link.hindrance(self.spec.device)
+            own = self.spec.device if self._attaching is None else None  # who asks is told at once
+            why = self._host.attach_hindrance(self) or link.hindrance(own)
             waits = self._waiting.holds(why, briefly=self.spec.device == "auto")
             if self.spec.device and not shares.closed and not waits:
                 link.attach(self.spec, shares.common_geometry)
@@ -420,11 +416,15 @@ class DiskControl:
         # What is written back to a disk that was removed or failed would only fail again.
         return not self._hot and self.failure is None and not self.forced
 
+    def _is_unwritten(self) -> bool:
+        """Whether its device may have what only a worker can write back."""
+        lost = self._link.device is not None and not self._link.usable
+        return lost and not self._link.flushed and self._writes_back()
+
     def _let_go(self, device: Device) -> None:
         """Do the next thing on the way to no device, with its cache written if that can be."""
         link = self._link
-        unwritten = not link.usable and not link.flushed and self._writes_back()
-        if not unwritten or not device.can_reconnect or self._shares.hopeless:
+        if not self._is_unwritten() or not device.can_reconnect or self._shares.hopeless:
             link.release(device, write_back=self._writes_back())
         elif not link.reconnect(device):
             self._shares.open_next(self.spec, self._made)

@@ -101,8 +101,7 @@ class DeviceLink:
         return f"waits for those who have {wanted} open to let it go"
 
     def forgive(self) -> None:
-        """Begin to count failures anew, and wait for nobody."""
-        self._left = None
+        """Begin to count failures anew."""
         self._tries = self._tries_for_sockets = self._failed_probes = 0
 
     def stay(self) -> None:

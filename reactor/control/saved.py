@@ -39,6 +39,7 @@ class Wish:
     hot: bool = False  # removed, not stopped: what is written back would fail anyway
     former: tuple[int, ...] = ()  # other cores, of whose workers one may still have it open
     made: int = 0  # bytes that its storage had when it was last open; 0: it may be made
+    attaching: bool = False  # to a device that was asked for at run time, for the first time
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class SavedState:
                     "hot": wish.hot,
                     "former": list(wish.former),
                     "made": wish.made,
+                    "attaching": wish.attaching,
                 }
                 for wish in self.wishes
             ],
@@ -151,8 +153,9 @@ def _by_name(plain: Sequence[Mapping[str, Any]]) -> dict[str, DiskSpec]:
 def _wish(plain: Mapping[str, Any]) -> Wish:
     placement = Placement(plain["core"], tuple(plain["connections"]))
     spec, former = DiskSpec.from_message(plain["spec"]), tuple(plain["former"])
-    made = plain.get("made", 0)  # an older release did not know
-    return Wish(spec, placement, plain["desired"], plain["hot"], former, made)
+    # An older release did not know these.
+    made, attaching = plain.get("made", 0), plain.get("attaching", False)
+    return Wish(spec, placement, plain["desired"], plain["hot"], former, made, attaching)
 
 
 def reconfigured(running: DiskSpec, before: DiskSpec | None, now: DiskSpec) -> DiskSpec:

@@ -30,12 +30,12 @@ stderr, sys.stderr = sys.stderr, None  # hashlib would report each hash that is 
 try:
     from reactor.data.boot import main
 except (MemoryError, ImportError, OSError, SystemError) as error:
-    sys.stderr = stderr
     why = _shortage(error)
     if not why:
         raise
     os.write(2, f"a worker cannot be loaded: {why}\n".encode())
     sys.exit(SHORTAGE)
-sys.stderr = stderr
+finally:
+    sys.stderr = stderr
 
 sys.exit(main())

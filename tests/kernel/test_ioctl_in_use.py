@@ -33,12 +33,9 @@ def test_the_device_comes_back_when_its_users_let_it_go(service: Start, tmp_path
     user = os.open("/dev/nbd0", os.O_RDONLY)
     try:
         kill_the_worker(running)
-        started = running.rpc_raw("reactor_start_disk", name="m")
-        assert "used by" in started["error"]["message"]
-        assert "another program" not in started["error"]["message"]
     finally:
         os.close(user)
-    running.rpc("reactor_start_disk", name="m")
+    running.await_state("m", "online")
     run("mkfs.ext4", "-q", "/dev/nbd0")
     folder = tmp_path / "mount"
     folder.mkdir()

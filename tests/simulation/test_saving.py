@@ -1,0 +1,73 @@
+"""What a disk will be is saved before anybody can rely on it, and not what it will not be."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+
+import pytest
+
+from reactor.control.saved import Wish, decode
+from reactor.control.saving import Saving
+from tests.simulation.host import INSTANCE
+from tests.simulation.hosts import Hosts
+
+SAVE_SECONDS = 0.3  # as with thousands of disks
+
+
+def saved(hosts: Hosts, name: str) -> Wish:
+    assert hosts.host.saved is not None
+    assert hosts.service.platform is not None
+    state = decode(hosts.host.saved, INSTANCE, hosts.service.platform.boot)
+    (wish,) = (wish for wish in state.wishes if wish.spec.name == name)
+    return wish
+
+
+def test_an_attach_that_is_refused_is_not_saved(hosts: Hosts) -> None:
+    controller, before = hosts.service.controller, hosts.host.saves
+    assert controller is not None
+    answers: list[str | Exception] = []
+    controller.attach("stays", "/dev/nbd3", answers.append)
+    assert isinstance(answers[0], OSError)
+    assert hosts.host.saves == before
+
+
+def test_an_attach_that_was_not_answered_is_forgotten_with_its_controller(hosts: Hosts) -> None:
+    controller = hosts.service.controller
+    assert controller is not None
+    controller.attach("plain", "/dev/nbd3", lambda _: None)
+    assert saved(hosts, "plain").attaching
+    hosts.service.die()
+    hosts.await_states(stays="online", moves="online", plain="online", wide="online")
+    assert not saved(hosts, "plain").attaching
+    assert saved(hosts, "plain").spec.device is None
+
+
+def test_what_takes_the_place_of_a_disk_is_saved_before_it_is_attached(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, save_for_all = hosts.service.controller, Saving._save_for_all
+    assert controller is not None
+
+    def save_slowly(saving: Saving) -> None:
+        save_for_all(saving)
+        saving._took = SAVE_SECONDS
+
+    monkeypatch.setattr(Saving, "_save_for_all", save_slowly)
+    for application in hosts.applications:
+        application.finish()
+    hosts.let_pass(3)
+    hosts.service.config = tuple(
+        replace(spec, block_size=4096) if spec.name == "moves" else spec
+        for spec in hosts.service.config
+    )
+    controller.reload(lambda _: None)
+
+    def is_made_anew() -> bool:
+        disk = controller.disk("moves")
+        return disk is not None and disk.spec.block_size == 4096
+
+    hosts.await_true(is_made_anew)
+    hosts.worker(0).send_signal(signal.SIGKILL)  # all others may go on now
+    hosts.await_true(lambda: any(d.disk == "moves" for d in hosts.host.driver.configured()))
+    assert saved(hosts, "moves").spec.block_size == 4096
