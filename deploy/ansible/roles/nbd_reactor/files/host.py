@@ -40,6 +40,7 @@ CLIENT = Path("/opt/nbd-reactor/current/bin/nbd-reactorctl")
 CONFIG = Path("/etc/nbd-reactor/disks.yaml")
 FINDFS = "/sbin/findfs"
 FSTAB = Path("/etc/fstab")
+IMAGES = Path("/var/lib/nbd-reactor")  # the unit's StateDirectory=
 MEMORY = Path("/dev/shm")
 NAMES = Path("/dev/disk/by-nbd")
 PARSER = """\
@@ -95,7 +96,7 @@ def preflight(devices: str, directories: str) -> dict[str, object]:
     problems += [
         f"{directory}: {unit} starts after the service, as all that the network mounts (After="
         f"{REMOTE}), and the service needs it: give that unit the drop-in of systemd.md"
-        for directory in json.loads(directories)
+        for directory in [str(IMAGES), *json.loads(directories)]
         if (unit := late_mount(Path(directory)))
     ]
     return {"python": version, "problems": problems}
@@ -190,14 +191,31 @@ def content(path: Path) -> dict[str, str] | None:
 
 
 def remove(paths: str, mode: str) -> list[str]:
-    """Remove files, links, and directories with all that is in them; return those there were."""
-    found = [path for path in map(Path, json.loads(paths)) if os.path.lexists(path)]
+    """Remove files, links, and directories with all that is in them; return those there were.
+
+    A directory where something is mounted is emptied, and stays.
+    """
+    found = [
+        path
+        for path in map(Path, json.loads(paths))
+        if os.path.lexists(path) and not (path.is_mount() and not any(path.iterdir()))
+    ]
     for path in found if mode != "check" else ():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
+        empty(path)
+        if path.is_symlink() or not path.is_dir():
             path.unlink()
+        elif not path.is_mount():
+            path.rmdir()
     return [*map(str, found)]
+
+
+def empty(path: Path) -> None:
+    """Remove all that is in a directory; nothing where it is none."""
+    for entry in path.iterdir() if path.is_dir() and not path.is_symlink() else ():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def online(seconds: str, disks: str, which: str) -> list[str]:
