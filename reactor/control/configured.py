@@ -64,7 +64,7 @@ class Configured:
         Raises OSError EINVAL when there is no way.
         """
         before, disks = self.specs, self._disks
-        running = {name: disk.spec for name, disk in disks.items()}
+        running = {name: disk.wish.answered_spec for name, disk in disks.items()}
         running |= {name: successor.spec for name, successor in self.successors.items()}
         specs = planned(now, before, running)
         obstacles: dict[str, str] = {}
@@ -182,7 +182,7 @@ class Configured:
         before, successor = self.specs.get(spec.name), self.successors.get(spec.name)
         if disk.desired == "gone" and successor is None:
             return spec
-        running = disk.spec if successor is None else successor.spec
+        running = disk.wish.answered_spec if successor is None else successor.spec
         if spec == before:
             return running
         same_device = before is not None and spec.device == before.device

@@ -13,7 +13,7 @@ from typing import Final
 from backends import registry
 from reactor.control.configured import Configured
 from reactor.control.disk import DiskControl
-from reactor.control.holders import check_new, holder
+from reactor.control.holders import attach_refusal, check_new, holder
 from reactor.control.host import Host
 from reactor.control.leftovers import LeftDevices
 from reactor.control.neighbours import Neighbours
@@ -119,13 +119,13 @@ class Controller:
             # With one connection and no timeout a request may take any time.
             patient = spec.connections == 1 and not spec.timeout
             device = platform.adopt(tag(platform.instance, spec), patient=patient)
-            lost = saved_wish.attaching and device is None  # nobody was told that it has one
-            wish = replace(saved_wish, spec=spec.with_device(None)) if lost else saved_wish
+            if device is None or spec.device not in ("auto", device.path):
+                spec = saved_wish.answered_spec
             if spec.name in known:
-                disk = self._add(wish, known=True)
+                disk = self._add(replace(saved_wish, spec=spec), known=True)
             else:  # a worker that leaves may still listen on its addresses
                 self._configured.note(spec.name, spec)
-                disk = self._add(replace(wish, former=leaving))
+                disk = self._add(replace(saved_wish, spec=spec, former=leaving))
             if device is not None:  # also one that it is to leave: in order, and written back
                 disk.adopt(device)
         self._save()
@@ -238,7 +238,7 @@ class Controller:
             done(OSError(errno.ESHUTDOWN, "the service is stopping"))
         elif device is not None and self._holder(device) is not None:
             done(OSError(errno.EBUSY, f"{device} is in use by disk {self._holder(device)}"))
-        elif (refusal := disk.attach_refusal()) is not None:
+        elif (refusal := attach_refusal(disk)) is not None:
             done(refusal)
         else:
             wanted = disk.spec.with_device(device or "auto")

@@ -95,6 +95,7 @@ class DiskControl:
 
     def change(self, spec: DiskSpec) -> None:
         """Become `spec`, in which only device, listeners or size differ, in place."""
+        self._answer_attach(OSError(errno.ECANCELED, "the config of the disk has changed"))
         size, shown = spec.options.get("size", 0), self._shares.geometry.size
         self._wanted_size = size
         self.spec = replace(self.spec, device=spec.device, listen=spec.listen)
@@ -106,18 +107,10 @@ class DiskControl:
         self.want("stopped" if self.desired == "stopped" else "online")
         self._grow()
 
-    def attach_refusal(self) -> OSError | None:
-        """Return why it cannot be attached to a device now, if it cannot."""
-        if not self.rising:
-            return OSError(errno.ENODEV, f"disk {self.spec.name} is {self.state}")
-        if self.spec.device is not None or self.path is not None or self._attaching is not None:
-            message = f"disk {self.spec.name} is on {self.path or self.spec.device} already"
-            return OSError(errno.EPERM, message)
-        return None
-
     def attach(self, device: str, done: Callable[[str | Exception], None]) -> None:
-        """Attach to `device`, which it does not refuse."""
+        """Attach to `device`, if there is no `attach_refusal`."""
         self._attaching = done
+        self._link.forgive()
         self.spec = self.spec.with_device(device)
         self._again(None)
 
@@ -459,10 +452,16 @@ class DiskControl:
         """Fail the disk; but a device that was asked for at run time fails alone."""
         if self._attaching is None:
             self._on_failed(error)
-            return
+        else:
+            self._answer_attach(error)
+
+    def _answer_attach(self, result: str | Exception) -> None:
+        """Answer who asked for a device at run time, if that is open; without one, forget it."""
         attaching, self._attaching = self._attaching, None
-        self.spec = self.spec.with_device(None)
-        attaching(error)
+        if attaching is not None:
+            if isinstance(result, Exception):
+                self.spec = self.spec.with_device(None)
+            attaching(result)
 
     def _on_removed(self, share: Share, why: str) -> None:
         self._hot = True
@@ -481,9 +480,7 @@ class DiskControl:
         if self.desired == "stopped":
             self._made = 0  # a way out, should its storage be gone
         failure = self.failure if self.desired == "online" else None
-        if self._attaching is not None:
-            attaching, self._attaching = self._attaching, None
-            attaching(failure or self.path or OSError(errno.ENODEV, "the disk is stopped"))
+        self._answer_attach(failure or self.path or OSError(errno.ENODEV, "the disk is stopped"))
         if self._resize is not None and not self.rising:
             resize, self._resize = self._resize, None
             resize.done(failure or OSError(errno.ENODEV, "the disk is stopped"))

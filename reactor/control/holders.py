@@ -24,6 +24,16 @@ def check_new(spec: DiskSpec, disks: Mapping[str, DiskControl]) -> None:
         raise OSError(errno.EEXIST, f"{spec.device} is in use by disk {name}")
 
 
+def attach_refusal(disk: DiskControl) -> OSError | None:
+    """Return why the disk cannot be attached to a device at run time, if it cannot."""
+    if not disk.rising:
+        return OSError(errno.ENODEV, f"disk {disk.spec.name} is {disk.state}")
+    if disk.spec.device is not None or disk.path is not None:
+        message = f"disk {disk.spec.name} is on {disk.path or disk.spec.device} already"
+        return OSError(errno.EPERM, message)
+    return None
+
+
 def holder(device: str | None, disks: Collection[DiskControl]) -> str | None:
     """Return the name of the disk that is on `device`, or is meant for it."""
     # One that is letting go of it comes last: another may have it already.

@@ -41,6 +41,11 @@ class Wish:
     made: int = 0  # bytes that its storage had when it was last open; 0: it may be made
     attaching: bool = False  # to a device that was asked for at run time, for the first time
 
+    @property
+    def answered_spec(self) -> DiskSpec:
+        """The same without a device of which nobody was told yet."""
+        return self.spec.with_device(None) if self.attaching else self.spec
+
 
 @dataclass(frozen=True, slots=True)
 class Successor:
@@ -75,7 +80,7 @@ class SavedState:
             spec.name: spec for spec in now if (spec.name, spec.identity()) in identities - saved
         }
         wishes = tuple(
-            replace(wish, spec=there[wish.spec.name], desired="online", hot=False, made=1)
+            Wish(there[wish.spec.name], wish.placement, former=wish.former, made=1)
             if wish.spec.name in there
             else wish
             for wish in self.wishes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from dataclasses import replace
 
@@ -23,6 +24,11 @@ def saved(hosts: Hosts, name: str) -> Wish:
     return wish
 
 
+def device(hosts: Hosts, name: str) -> str | None:
+    controller = hosts.service.controller
+    return {d.spec.name: d.device for d in controller.disks()}.get(name) if controller else None
+
+
 def test_an_attach_that_is_refused_is_not_saved(hosts: Hosts) -> None:
     controller, before = hosts.service.controller, hosts.host.saves
     assert controller is not None
@@ -41,6 +47,39 @@ def test_an_attach_that_was_not_answered_is_forgotten_with_its_controller(hosts:
     hosts.await_states(stays="online", moves="online", plain="online", wide="online")
     assert not saved(hosts, "plain").attaching
     assert saved(hosts, "plain").spec.device is None
+
+
+def test_a_reload_ends_an_attach_that_is_under_way(hosts: Hosts) -> None:
+    """And what the config says is done, also by a next controller."""
+    controller, answers = hosts.service.controller, []
+    assert controller is not None
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.await_true(lambda: hosts.states()["plain"] == "starting")
+    controller.attach("plain", "/dev/nbd3", answers.append)
+    hosts.service.config = tuple(
+        spec.with_device("/dev/nbd3") if spec.name == "plain" else spec
+        for spec in hosts.service.config
+    )
+    controller.reload(answers.append)
+    assert [getattr(answer, "errno", None) for answer in answers] == [errno.ECANCELED, None]
+    assert not saved(hosts, "plain").attaching
+    hosts.service.die()
+    hosts.await_true(lambda: device(hosts, "plain") == "/dev/nbd3")
+
+
+def test_an_attach_that_a_stop_overtakes_leaves_nothing(hosts: Hosts) -> None:
+    controller, answers = hosts.service.controller, []
+    assert controller is not None
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.await_true(lambda: hosts.states()["plain"] == "starting")
+    controller.attach("plain", "/dev/nbd3", answers.append)
+    controller.stop("plain", lambda _: None)
+    hosts.await_true(lambda: bool(answers))
+    assert isinstance(answers[0], OSError)
+    controller.start("plain", answers.append)
+    hosts.await_true(lambda: len(answers) == 2)
+    assert answers[1] is None
+    assert device(hosts, "plain") is None
 
 
 def test_what_takes_the_place_of_a_disk_is_saved_before_it_is_attached(
