@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from reactor.attach.device import Device
@@ -131,6 +132,7 @@ class DiskControl:
 
     def detach(self, done: Done) -> None:
         """Give up the device; the disk stays."""
+        self._answer_attach(OSError(errno.ECANCELED, "the device was detached meanwhile"))
         self.spec = self.spec.with_device(None)
         self._again(done)
 
@@ -321,7 +323,6 @@ class DiskControl:
             self._made = self._shares.common_geometry.size or self._made
 
     def _go_on(self) -> None:
-        """Go on: what it should be was saved."""
         self._saved = self.wish
         self.step()
 
@@ -351,7 +352,8 @@ class DiskControl:
             why = self._host.attach_hindrance(self) or link.hindrance(own)
             waits = self._waiting.holds(why, briefly=self.spec.device == "auto")
             if self.spec.device and not shares.closed and not waits:
-                link.attach(self.spec, shares.common_geometry)
+                failed = partial(self._on_attach_failed, self.spec.device, self._attaching)
+                link.attach(self.spec, shares.common_geometry, failed)
         elif astray:
             self._let_go(device)
             return
@@ -410,7 +412,6 @@ class DiskControl:
         return not self._hot and self.failure is None and not self.forced
 
     def _is_unwritten(self) -> bool:
-        """Whether its device may have what only a worker can write back."""
         lost = self._link.device is not None and not self._link.usable
         return lost and not self._link.flushed and self._writes_back()
 
@@ -423,7 +424,6 @@ class DiskControl:
             self._shares.open_next(self.spec, self._made)
 
     def _discard(self) -> None:
-        """Remove what the disk keeps outside its worker."""
         try:
             self._host.platform.discard(self.spec.backend, self.spec.name)
         except (OSError, ReactorError) as error:
@@ -454,6 +454,10 @@ class DiskControl:
             self._on_failed(error)
         else:
             self._answer_attach(error)
+
+    def _on_attach_failed(self, device: str, attaching: object, error: Exception) -> None:
+        if (self.spec.device, self._attaching) == (device, attaching):  # else nobody asks any more
+            self._on_link_failed(error)
 
     def _answer_attach(self, result: str | Exception) -> None:
         """Answer who asked for a device at run time, if that is open; without one, forget it."""
@@ -486,8 +490,7 @@ class DiskControl:
             resize.done(failure or OSError(errno.ENODEV, "the disk is stopped"))
         answers = self._answers.take(self.desired, failure, self._left)
         self._host.on_settled(self)
-        # Last: whoever hears of it may want something else at once.
-        for done, error in answers:
+        for done, error in answers:  # last: whoever hears of it may want something else at once
             done(error)
 
     def _again(self, done: Done | None, wanted: Desired | None = None) -> None:

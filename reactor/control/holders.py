@@ -28,7 +28,7 @@ def attach_refusal(disk: DiskControl) -> OSError | None:
     """Return why the disk cannot be attached to a device at run time, if it cannot."""
     if not disk.rising:
         return OSError(errno.ENODEV, f"disk {disk.spec.name} is {disk.state}")
-    if disk.spec.device is not None or disk.path is not None:
+    if disk.spec.device is not None or disk.path is not None or disk.wish.attaching:
         message = f"disk {disk.spec.name} is on {disk.path or disk.spec.device} already"
         return OSError(errno.EPERM, message)
     return None

@@ -6,7 +6,7 @@ import errno
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from reactor.attach.device import Device
 from reactor.control.errand import Errand
@@ -37,6 +37,8 @@ STEADY_SECONDS: Final = 10.0  # a connection that lasted so long was a good one
 #: How a device answers that is being detached, or was and is still open.
 GONE: Final = (errno.ENODEV, errno.EBUSY)
 
+OnFailed: TypeAlias = Callable[[Exception], None]
+
 log = logger(__name__)
 
 
@@ -52,7 +54,7 @@ class DeviceLink:
         platform: Platform,
         errand: Errand,
         shares: Sequence[Share],
-        on_failed: Callable[[Exception], None],
+        on_failed: OnFailed,
     ) -> None:
         self.device: Device | None = None
         self.probed = False
@@ -150,7 +152,7 @@ class DeviceLink:
             elif slot.share is share:
                 self._lose(slot)
 
-    def attach(self, spec: DiskSpec, geometry: Geometry) -> None:
+    def attach(self, spec: DiskSpec, geometry: Geometry, on_failed: OnFailed) -> None:
         """Attach what `spec` asks for, and give the workers their ends."""
         wanted = spec.device
         assert wanted is not None
@@ -179,7 +181,7 @@ class DeviceLink:
             if device is None:
                 drop(deliveries)
                 assert error is not None
-                self._on_failed(error)
+                on_failed(error)
                 return
             self.device = device
             self._adopted = False

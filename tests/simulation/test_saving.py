@@ -10,6 +10,7 @@ import pytest
 
 from reactor.control.saved import Wish, decode
 from reactor.control.saving import Saving
+from reactor.spec import Address
 from tests.simulation.host import INSTANCE
 from tests.simulation.hosts import Hosts
 
@@ -65,6 +66,36 @@ def test_a_reload_ends_an_attach_that_is_under_way(hosts: Hosts) -> None:
     assert not saved(hosts, "plain").attaching
     hosts.service.die()
     hosts.await_true(lambda: device(hosts, "plain") == "/dev/nbd3")
+
+
+@pytest.mark.parametrize("taken", ["/dev/nbd9", "/dev/nbd3"])  # nobody can have, and all can
+def test_an_attach_in_flight_ends_alone(hosts: Hosts, taken: str) -> None:
+    """A reload ends it, with another `listen`: its failure is nobody's then."""
+    controller, answers = hosts.service.controller, []
+    assert controller is not None
+    controller.attach("plain", taken, answers.append)
+    hosts.service.config = tuple(
+        replace(spec, listen=(Address("unix", "/run/plain.sock"),))
+        if spec.name == "plain"
+        else spec
+        for spec in hosts.service.config
+    )
+    controller.reload(answers.append)
+    assert [getattr(answer, "errno", None) for answer in answers] == [errno.ECANCELED, None]
+    hosts.let_pass(10)
+    assert hosts.states()["plain"] == "online"
+    assert device(hosts, "plain") is None
+
+
+def test_each_who_asks_for_a_device_is_answered(hosts: Hosts) -> None:
+    controller, answers, others = hosts.service.controller, [], []
+    assert controller is not None
+    controller.attach("plain", "/dev/nbd9", answers.append)
+    controller.detach("/dev/nbd9", lambda _: None)
+    controller.attach("plain", "/dev/nbd3", others.append)
+    hosts.await_true(lambda: bool(answers and others))
+    assert getattr(answers[0], "errno", None) == errno.ECANCELED
+    assert others == ["/dev/nbd3"]
 
 
 def test_an_attach_that_a_stop_overtakes_leaves_nothing(hosts: Hosts) -> None:
