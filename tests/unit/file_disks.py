@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +24,30 @@ from tests.submitting import Requester, turn_until
 from tests.unit.requests import export, request
 
 MIB = 1 << 20
+UNCACHE_SECONDS = 10.0
+
+
+def uncache(path: Path) -> None:
+    """Have the page cache let go of a file; it does not always do so at once."""
+    deadline = time.monotonic() + UNCACHE_SECONDS
+    with path.open("rb") as file:
+        while True:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if not cached_pages(file.fileno()):
+                return
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def cached_pages(descriptor: int) -> int:
+    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        start = ctypes.c_char.from_buffer(mapped)
+        failed = ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(mapped)), pages)
+        del start  # or the mapping could not be closed
+        assert not failed
+        return sum(page & 1 for page in pages)
 
 
 class Opened:

@@ -30,7 +30,7 @@ from reactor.protocol.wire import (
     NBD_CMD_WRITE_ZEROES,
 )
 from tests.submitting import Requester, turn_until
-from tests.unit.file_disks import MIB, Open, Opened, opening, problem
+from tests.unit.file_disks import MIB, Open, Opened, opening, problem, uncache
 
 
 @pytest.fixture
@@ -72,12 +72,6 @@ def engine(request: pytest.FixtureRequest) -> type[Ring] | type[Threads]:
     return engine
 
 
-def drop_cache(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 # --- input and output ---
 
 
@@ -99,7 +93,7 @@ def test_reads_that_miss_the_page_cache_are_pending(
 ) -> None:
     content = image.read_bytes()
     disk = opened(image, engine=engine)
-    drop_cache(image)
+    uncache(image)
     disk.requester.submit(NBD_CMD_READ, 0, MIB)
     assert disk.requester.pending == 1
     disk.requester.wait()
