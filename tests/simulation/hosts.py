@@ -91,6 +91,12 @@ class Hosts:
         self.service.change(cores=(0,))
         self.service.die()
 
+    def configure(self, name: str, **keys: object) -> None:
+        """Change what the config says of a disk; a reload reads it."""
+        self.service.config = tuple(
+            replace(spec, **keys) if spec.name == name else spec for spec in self.service.config
+        )
+
     def free(self, name: str) -> None:
         """Have a disk without device."""
         next(a for a in self.applications if a.disk == name).finish()

@@ -158,8 +158,11 @@ class WorkerProcess:
 
     def waits_for_medium(self) -> bool:
         """Whether not even SIGKILL ends it."""
-        hung = any(operation.storage.hung for operation in self._operations)
-        return hung and not self.gone and not self.alive
+        return self.has_hung_operation() and not self.gone and not self.alive
+
+    def has_hung_operation(self) -> bool:
+        """Whether it has begun what the medium does not do."""
+        return any(operation.storage.hung for operation in self._operations)
 
     def progress(self) -> int:
         """Return a number that is another one whenever it has run."""

@@ -14,7 +14,7 @@ def test_a_stuck_worker_holds_up_its_own_disks_alone(hosts: Hosts) -> None:
     stuck, serving = hosts.worker(1), hosts.worker(0)
     for storage in stuck.worker.disks.values():
         storage.storage.hung = storage.spec.name != "wide"
-    hosts.let_pass(2)  # so that it waits for the medium, whatever it is told
+    hosts.await_true(stuck.has_hung_operation)  # it waits for the medium, whatever it is told
     stuck.send_signal(signal.SIGKILL)
     hosts.let_pass(0.5)
     assert stuck.waits_for_medium()
@@ -35,7 +35,7 @@ def test_a_worker_may_take_long_to_drain(hosts: Hosts) -> None:
     slow = hosts.worker(1)
     moving = slow.worker.disks["moves"].storage
     moving.hung = True
-    hosts.let_pass(2)
+    hosts.await_true(slow.has_hung_operation)
     hosts.move_to_core_0()
     hosts.let_pass(16)
     assert not slow.gone
@@ -89,7 +89,7 @@ def test_a_worker_of_another_version_that_drains_for_too_long_is_aborted(
 ) -> None:
     slow = hosts.worker(1)
     slow.worker.disks["moves"].storage.hung = True
-    hosts.let_pass(2)
+    hosts.await_true(slow.has_hung_operation)
     hosts.host.version += 1
     hosts.service.die()
     hosts.let_pass(45)

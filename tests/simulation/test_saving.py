@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import signal
-from dataclasses import replace
 
 import pytest
 
@@ -50,17 +49,19 @@ def test_an_attach_that_was_not_answered_is_forgotten_with_its_controller(hosts:
     assert saved(hosts, "plain").spec.device is None
 
 
+def attach_without_worker(hosts: Hosts, answers: list[str | Exception | None]) -> None:
+    assert hosts.service.controller is not None
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.await_true(lambda: hosts.states()["plain"] == "starting")
+    hosts.service.controller.attach("plain", "/dev/nbd3", answers.append)
+
+
 def test_a_reload_ends_an_attach_that_is_under_way(hosts: Hosts) -> None:
     """And what the config says is done, also by a next controller."""
     controller, answers = hosts.service.controller, []
     assert controller is not None
-    hosts.worker(1).send_signal(signal.SIGKILL)
-    hosts.await_true(lambda: hosts.states()["plain"] == "starting")
-    controller.attach("plain", "/dev/nbd3", answers.append)
-    hosts.service.config = tuple(
-        spec.with_device("/dev/nbd3") if spec.name == "plain" else spec
-        for spec in hosts.service.config
-    )
+    attach_without_worker(hosts, answers)
+    hosts.configure("plain", device="/dev/nbd3")
     controller.reload(answers.append)
     assert [getattr(answer, "errno", None) for answer in answers] == [errno.ECANCELED, None]
     assert not saved(hosts, "plain").attaching
@@ -74,12 +75,7 @@ def test_an_attach_in_flight_ends_alone(hosts: Hosts, taken: str) -> None:
     controller, answers = hosts.service.controller, []
     assert controller is not None
     controller.attach("plain", taken, answers.append)
-    hosts.service.config = tuple(
-        replace(spec, listen=(Address("unix", "/run/plain.sock"),))
-        if spec.name == "plain"
-        else spec
-        for spec in hosts.service.config
-    )
+    hosts.configure("plain", listen=(Address("unix", "/run/plain.sock"),))
     controller.reload(answers.append)
     assert [getattr(answer, "errno", None) for answer in answers] == [errno.ECANCELED, None]
     hosts.let_pass(10)
@@ -101,9 +97,7 @@ def test_each_who_asks_for_a_device_is_answered(hosts: Hosts) -> None:
 def test_an_attach_that_a_stop_overtakes_leaves_nothing(hosts: Hosts) -> None:
     controller, answers = hosts.service.controller, []
     assert controller is not None
-    hosts.worker(1).send_signal(signal.SIGKILL)
-    hosts.await_true(lambda: hosts.states()["plain"] == "starting")
-    controller.attach("plain", "/dev/nbd3", answers.append)
+    attach_without_worker(hosts, answers)
     controller.stop("plain", lambda _: None)
     hosts.await_true(lambda: bool(answers))
     assert isinstance(answers[0], OSError)
@@ -127,10 +121,7 @@ def test_what_takes_the_place_of_a_disk_is_saved_before_it_is_attached(
     for application in hosts.applications:
         application.finish()
     hosts.let_pass(3)
-    hosts.service.config = tuple(
-        replace(spec, block_size=4096) if spec.name == "moves" else spec
-        for spec in hosts.service.config
-    )
+    hosts.configure("moves", block_size=4096)
     controller.reload(lambda _: None)
 
     def is_made_anew() -> bool:
