@@ -343,7 +343,7 @@ class DiskControl:
         shares.open_next(self.spec, self._made, self._patience)
         if self._errand.busy() or self.failure is not None:
             return
-        if resize is None:
+        if resize is None or resize.refusal is not None:
             shares.agree()
             if self._errand.busy():
                 return
@@ -361,10 +361,10 @@ class DiskControl:
             link.mend(device, resize.geometry(shares) if resize else shares.geometry)
         if self._errand.busy() or self.state != "online":
             return
-        if resize is not None:
-            self._resize_step(resize)
-        else:
+        if resize is None or resize.refusal is not None:
             self._settle()
+        else:
+            self._resize_step(resize)
 
     def _resize_step(self, resize: Resize) -> None:
         def keep() -> None:
@@ -373,8 +373,8 @@ class DiskControl:
             self._save()
 
         def refused(error: Exception) -> None:
-            self.spec = self.spec.with_size(resize.before)
-            finish(error)
+            self.spec, self._link.fitted = self.spec.with_size(resize.before), False
+            self._resize = replace(resize, refusal=error)
 
         def finish(error: Exception | None) -> None:
             self._resize = None
@@ -485,9 +485,9 @@ class DiskControl:
             self._made = 0  # a way out, should its storage be gone
         failure = self.failure if self.desired == "online" else None
         self._answer_attach(failure or self.path or OSError(errno.ENODEV, "the disk is stopped"))
-        if self._resize is not None and not self.rising:
+        if self._resize is not None:
             resize, self._resize = self._resize, None
-            resize.done(failure or OSError(errno.ENODEV, "the disk is stopped"))
+            resize.done(resize.refusal or failure or OSError(errno.ENODEV, "the disk is stopped"))
         answers = self._answers.take(self.desired, failure, self._left)
         self._host.on_settled(self)
         for done, error in answers:  # last: whoever hears of it may want something else at once

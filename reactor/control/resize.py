@@ -18,9 +18,12 @@ class Resize:
     size: int
     done: Done
     before: int  # the size that the spec named
+    refusal: Exception | None = None  # why the storage kept its size; all must show it again
 
     def geometry(self, shares: Shares) -> Geometry:
         """Return what the kernel may believe in meanwhile: blocks that all have, and will have."""
+        if self.refusal is not None:
+            return shares.geometry
         sizes = (share.size for share in shares.opened)
         return replace(shares.geometry, size=min([self.size, *sizes]))
 
