@@ -15,14 +15,15 @@ from __future__ import annotations
 import heapq
 import os
 import select
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from functools import partial
+from typing import Final, Literal, Protocol, TypeAlias
 
 from reactor.log import logger
+from reactor.signals import Signals
 
 Mode: TypeAlias = Literal["adaptive", "poll", "interrupt"]
 MODES: Final[tuple[Mode, ...]] = ("adaptive", "poll", "interrupt")
@@ -118,7 +119,7 @@ class Reactor:
         self._poll: PollFunction = poll or self._epoll_wait
         self._handlers: dict[int, Poller] = {}
         self._removed: set[int] = set()  # descriptors removed in this turn
-        self._signals: dict[int, Any] = {}  # the handlers that ours replaced
+        self._signals: Signals | None = None
         self._pollers: tuple[Poller, ...] = ()
         self._timers: list[tuple[int, int, Timer]] = []
         self._timer_order = 0
@@ -182,15 +183,23 @@ class Reactor:
         return timer
 
     def call_from_thread(self, function: Callable[[], object]) -> None:
-        """Call `function` in the loop, soon; legal from any thread and from a signal handler."""
+        """Call `function` in the loop, soon; legal from any thread."""
         self._calls.append(function)
         if self._wakeup >= 0:
             os.eventfd_write(self._wakeup, 1)
 
     def add_signal(self, number: int, function: Callable[[], object]) -> None:
         """Call `function` in the loop after signal `number`; main thread only."""
-        previous = signal.signal(number, lambda *_: self.call_from_thread(function))
-        self._signals.setdefault(number, previous)
+        if self._signals is None:
+            self._signals = Signals()
+            self.add_fd(
+                self._signals.fd, partial(self._take_signals, self._signals), name="signals"
+            )
+        self._signals.add(number, function)
+
+    def _take_signals(self, signals: Signals, _events: int) -> bool:
+        self._calls.extend(signals.take())
+        return True
 
     def mark_kick(self, channel: Kickable) -> None:
         """Kick `channel` at the end of this turn."""
@@ -218,9 +227,8 @@ class Reactor:
 
     def close(self) -> None:
         """Release the loop's own descriptors and signals."""
-        for number, previous in self._signals.items():
-            signal.signal(number, previous)
-        self._signals.clear()
+        if self._signals is not None:
+            self._signals.close()
         self._epoll.close()
         wakeup, self._wakeup = self._wakeup, -1
         os.close(wakeup)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -123,6 +125,21 @@ def test_a_signal_wakes_the_sleeping_loop_and_is_handled_inside_it(real: Reactor
     timer.start()
     real.run()
     timer.join()
+
+
+def test_a_flood_of_signals_is_handled_once_a_turn(real: Reactor) -> None:
+    """Each that interrupts the handler of the one before would take some of the stack."""
+    turns: list[int] = []
+    real.add_signal(signal.SIGUSR1, lambda: turns.append(real.turns))
+    flood = subprocess.Popen(
+        [sys.executable, "-c", f"import os\nwhile True: os.kill({os.getpid()}, {signal.SIGUSR1:d})"]
+    )
+    real.call_later(1, real.stop)
+    real.run()
+    flood.kill()
+    flood.wait()
+    assert len(turns) > 1
+    assert len(set(turns)) == len(turns)
 
 
 def test_close_gives_the_signals_back() -> None:
