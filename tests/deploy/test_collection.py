@@ -88,15 +88,9 @@ def test_text_of_the_command_line_is_cast_or_refused(
     assert said in preflight({}, tmp_path, *words)
 
 
-def test_a_start_is_given_up_within_half_of_the_shortest_wait_of_a_disk(tmp_path: Path) -> None:
-    for defaults, waits, seconds in (
-        ({}, [], 300),
-        ({}, [None, 400], 200),
-        ({"dead_timeout": 200}, [300], 150),
-        ({"dead_timeout": "20"}, [None], 60),
-    ):
-        disks = {f"d{n}": {"dead_timeout": s} if s else {} for n, s in enumerate(waits)}
-        variables = {"nbd_reactor_disks": disks, "nbd_reactor_defaults": defaults}
+def test_a_start_is_given_up_within_half_of_the_time_that_io_can_wait(tmp_path: Path) -> None:
+    for patience, seconds in ((600, 300), (400, 200), (900, 300), (20, 60), (0, 60)):
+        variables = {"nbd_reactor_patience": {"stdout": f"{patience}\n"}}
         assert f'"msg": "{seconds} s"' in evaluate(
             "{{ nbd_reactor_start_seconds }} s", variables, tmp_path
         )

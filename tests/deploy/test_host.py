@@ -280,6 +280,31 @@ def test_what_was_made_is_removed_once(host: ModuleType, tmp_path: Path) -> None
     assert host.remove(paths, "change") == []
 
 
+@pytest.mark.parametrize(
+    ("running", "configured", "seconds"),
+    [
+        (None, "disks: {a: {}}", 600),
+        ("disks: {a: {dead_timeout: 30}}", "disks: {b: {dead_timeout: 90}}", 30),
+        ("{defaults: {dead_timeout: 120}, disks: {a: {}}}", "disks: {a: {}}", 120),
+        (
+            "disks: {a: {}}",
+            "{defaults: {dead_timeout: 900}, disks: {a: {}, b: {dead_timeout: 0}}}",
+            0,
+        ),
+        ("disks: {a: {dead_timeout: 30}}", "disks: [", 30),
+        ("disks: {a: {dead_timeout: soon}}", "", 600),
+    ],
+)
+def test_io_waits_as_long_as_the_least_patient_of_the_disks_that_run_and_are_to(
+    host: ModuleType, running: str | None, configured: str, seconds: int
+) -> None:
+    if running is not None:
+        host.CONFIG.write_text(running)
+        host.taken(json.dumps([str(host.CONFIG)]))
+    host.CONFIG.write_text(configured)
+    assert host.patience() == seconds
+
+
 def test_what_changed_since_the_service_took_it_is_untaken(
     host: ModuleType, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.machine.machine import Machine
-from tests.machine.operator import Operator, changes
+from tests.machine.operator import ROOT, Operator, changes
 
 LONG = pytest.mark.timeout(1800)
 ONLY_ADD = ("--skip-tags", "nbd_reactor_install,nbd_reactor_disks")
@@ -42,13 +43,16 @@ find /dev/shm /run/nbd-reactor* /run/systemd/system /run/tmpfiles.d 2>/dev/null
 systemctl list-unit-files --no-legend; getent passwd; getent group
 ps -eo args | grep '[n]bd-reactor'
 """
-#: A release whose program can check a config but not run.
+#: A release whose program can check a config but not run, and how it does not.
 BROKEN = """\
 #!/bin/sh
 case " $* " in *" --check "*) exec /opt/nbd-reactor/releases/{whole}/bin/nbd-reactor "$@" ;; esac
 echo this release is broken
-exit 1
+{end}
 """
+ENDS = {"exits": "exit 1", "hangs": "trap '' TERM USR1; exec sleep 900"}
+PAGE = ROOT / "deploy/systemd.md"
+DROP_IN = "/etc/systemd/system/srv-images.mount.d/nbd-reactor.conf"
 CONTENT = "find /etc /opt -type f -exec sha256sum {} + ; find /etc /opt -type l -printf '%p %l\\n'"
 
 
@@ -57,13 +61,33 @@ def operator(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Oper
     operator = Operator(machine, tmp_path_factory.mktemp("operator"))
     operator.variables["nbd_reactor_disks"] = DISKS
     operator.variables["nbd_reactor_options"] = ["--cores=0-1"]
-    machine.run("mkdir -p /srv/images")
+    mount_images(machine)
     return operator
+
+
+def mount_images(machine: Machine) -> None:
+    """Have the images where the network mounts something, with the drop-in that this needs."""
+    machine.run("mkdir /srv/images && truncate -s 256M /srv/network && mkfs.ext4 -q /srv/network")
+    machine.run("echo /srv/network /srv/images ext4 loop,_netdev 0 0 >>/etc/fstab")
+    found = re.search(r"<<'END'\n(.*?)^END$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert found is not None
+    machine.write(DROP_IN, found[1])
+    machine.run("systemctl daemon-reload && systemctl start srv-images.mount")
 
 
 @pytest.fixture(scope="module")
 def bare(operator: Operator, machine: Machine) -> str:
     return machine.run(LISTING)
+
+
+@LONG
+def test_images_that_the_network_mounts_need_a_drop_in(
+    operator: Operator, machine: Machine, bare: str
+) -> None:
+    machine.run(f"mv {DROP_IN} /tmp/drop-in && systemctl daemon-reload")
+    assert "srv-images.mount starts after the service" in operator.play("install", fails=True)
+    machine.run(f"mv /tmp/drop-in {DROP_IN} && systemctl daemon-reload")
+    assert machine.run(LISTING) == bare
 
 
 @LONG
@@ -97,6 +121,16 @@ def test_a_disk_is_installed_and_carries_a_file_system_through_a_reboot(
     assert machine.run(f"cat {MOUNT}/file") == "kept"
     assert machine.run("journalctl -b -g 'ordering cycle' -o cat || true") == ""
     assert machine.run("nbd-reactor --version; man -w nbd-reactor") != ""
+
+
+@LONG
+def test_without_a_mount_of_images_the_service_does_not_start(machine: Machine) -> None:
+    machine.run("systemctl stop nbd-reactor && umount /srv/images && mv /srv/network /srv/away")
+    machine.run("! systemctl start nbd-reactor")
+    assert machine.run("journalctl -b -u nbd-reactor -g '^Dependency failed' -o cat") != ""
+    assert "srv-images.mount" in machine.run("systemctl list-units --failed '*.mount'")
+    machine.run("mv /srv/away /srv/network && systemctl start nbd-reactor")
+    machine.run(f"mountpoint -q {MOUNT} || systemctl start srv-data.mount")
 
 
 @LONG
@@ -152,14 +186,14 @@ def test_an_image_moves_when_nobody_uses_it_any_more(operator: Operator, machine
 @LONG
 def test_what_the_service_did_not_take_is_made_up_for(operator: Operator, machine: Machine) -> None:
     late = {"backend": "malloc", "size": "4MiB", "device": "auto"}
-    disks = {**DISKS, "data": {**DISKS["data"], "direct": True}, "late": late}
+    disks = {**DISKS, "data": {**DISKS["data"], "direct": True}, 7: late}
     changed: dict[str, Any] = {
         "nbd_reactor_disks": disks,
         "nbd_reactor_options": ["--cores=0-1", "--log-level=debug"],  # so that it is restarted
     }
     mounted = machine.run("systemctl show -P InvocationID srv-data.mount")
     assert "disk data stays as it was" in operator.play("install", fails=True, **changed)
-    machine.await_success("test -e /dev/disk/by-nbd/late")
+    machine.await_success("test -e /dev/disk/by-nbd/7")
     assert machine.run("systemctl show -P InvocationID srv-data.mount") == mounted
     assert machine.run(f"echo 1 >/proc/sys/vm/drop_caches; cat {MOUNT}/file") == "kept"
     machine.run(f"umount {MOUNT}")
@@ -167,7 +201,7 @@ def test_what_the_service_did_not_take_is_made_up_for(operator: Operator, machin
     assert changes(operator.play("install", **changed)) == 0
     operator.play("install")
     machine.run(f"mountpoint -q {MOUNT} || mount {MOUNT}")
-    machine.await_success("! test -e /dev/disk/by-nbd/late")
+    machine.await_success("! test -e /dev/disk/by-nbd/7")
 
 
 @LONG
@@ -221,31 +255,39 @@ def test_upgrade_and_way_back_under_load(operator: Operator, machine: Machine, l
     running = "nbd-reactorctl status | head -n 1"
     old = machine.run("basename $(readlink /opt/nbd-reactor/current)")
     assert old.startswith("1.0.1-")
-    operator.play("upgrade", nbd_reactor_wheel=str(operator.new))
+    late = {"backend": "malloc", "size": "4MiB", "device": "auto"}  # it comes with the upgrade
+    changed: dict[str, Any] = {
+        "nbd_reactor_wheel": str(operator.new),
+        "nbd_reactor_disks": {**DISKS, "late": late},
+    }
+    operator.play("upgrade", **changed)
     assert "nbd-reactor 1.0.2" in machine.run(running)
-    said = operator.play("upgrade", "--check", nbd_reactor_wheel=str(operator.new))
-    assert changes(said) == 0
+    assert changes(operator.play("upgrade", "--check", **changed)) == 0
     operator.play("upgrade", "-e", f"nbd_reactor_release={old}")
     assert "nbd-reactor 1.0.1" in machine.run(running)
     assert machine.run("systemctl is-active load") == "active"
 
 
 @LONG
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_a_release_that_does_not_start_gives_way_to_the_one_before(
-    operator: Operator, machine: Machine, load: None
+    operator: Operator, machine: Machine, load: None, end: str
 ) -> None:
     whole = machine.run("basename $(readlink /opt/nbd-reactor/current)")
     broken = "/opt/nbd-reactor/releases/broken"
     machine.run(
         f"mkdir -p {broken}/bin && ln -s ../{whole}/share {broken} && touch {broken}/installed"
     )
-    machine.write(f"{broken}/bin/nbd-reactor", BROKEN.format(whole=whole))
+    machine.write(f"{broken}/bin/nbd-reactor", BROKEN.format(whole=whole, end=end))
     machine.run(f"chmod +x {broken}/bin/nbd-reactor")
     before = machine.run(CONTENT)
-    release = ("-e", "nbd_reactor_release=broken")
-    options = ["--cores=0-1", "--log-level=debug"]
-    said = operator.play("upgrade", *release, fails=True, nbd_reactor_options=options)
+    changed: dict[str, Any] = {
+        "nbd_reactor_options": ["--cores=0-1", "--log-level=debug"],
+        "nbd_reactor_defaults": {"dead_timeout": 120},
+    }
+    said = operator.play("upgrade", "-e", "nbd_reactor_release=broken", fails=True, **changed)
     assert "What ran before runs again" in said
+    assert ("It was not ready after 60 s." in said) == (end == ENDS["hangs"])
     assert "this release is broken" in said
     assert machine.run(CONTENT) == before
     assert "nbd-reactor 1.0.1" in machine.run("nbd-reactorctl status | head -n 1")
@@ -276,6 +318,12 @@ def test_removal_is_refused_in_use_and_leaves_nothing(
     assert changes(operator.play("uninstall", "--check", nbd_reactor_remove_images=True)) > 0
     assert machine.run(CONTENT) == before
     machine.run("systemctl is-active nbd-reactor")
+    machine.run("systemctl stop nbd-reactor && echo /dev/nbd0 /mnt ext4 noauto 0 0 >>/etc/fstab")
+    assert "/etc/fstab has /dev/nbd0 for /mnt" in operator.play("uninstall", fails=True)
+    machine.run("sed -i /nbd0/d /etc/fstab && systemctl daemon-reload")
+    machine.run("systemctl start nbd-reactor && touch /var/lib/nbd-reactor/kept")
+    assert changes(operator.play("uninstall", "-e", "nbd_reactor_remove_images=false")) > 0
+    machine.run("! test -e /opt/nbd-reactor && test -e /var/lib/nbd-reactor/kept")
     operator.play("uninstall", nbd_reactor_remove_images=True)
     machine.run("rm /srv/images/data.img")
     machine.run("! test -e /root/.cache/pip")

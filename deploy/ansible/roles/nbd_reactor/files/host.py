@@ -6,6 +6,8 @@ host.py untaken FILES                   files that are not as the service took t
 host.py taken FILES                     notes that the service took them as they are: null
 host.py restore                         puts back what it took last: [path, ...] that was not so;
                                         null where nothing is noted
+host.py patience                        for how many seconds all disks, those that ran and those of
+                                        the config, let I/O wait: the shortest dead_timeout
 host.py remove PATHS MODE               [path, ...] that were there, and with MODE check still are
 host.py online SECONDS DISKS WHICH      waits for the disks: [line, ...] about those not online;
                                         with WHICH configured for those that the config has by now
@@ -36,6 +38,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 BLOCK = Path("/sys/block")
+DEAD_TIMEOUT = 600  # seconds, of a disk that does not say
 CLIENT = Path("/opt/nbd-reactor/current/bin/nbd-reactorctl")
 CONFIG = Path("/etc/nbd-reactor/disks.yaml")
 FINDFS = "/sbin/findfs"
@@ -48,7 +51,7 @@ import json, sys, yaml
 config = yaml.load(sys.stdin, yaml.BaseLoader)
 keys = {name: {**dict(config.get("defaults", "")), **dict(own)}
         for name, own in dict(config["disks"]).items()}
-print(json.dumps({name: str(own.get("device", "")) for name, own in keys.items()}))
+print(json.dumps(keys))
 """
 PROC = Path("/proc")
 INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
@@ -103,11 +106,14 @@ def preflight(devices: str, directories: str) -> dict[str, object]:
 
 
 def late_mount(directory: Path) -> str:
-    """Return the unit that mounts a directory, if it waits for what the service comes before."""
-    point = next(path for path in (directory, *directory.parents) if path.is_mount())
-    unit = answer("systemd-escape", "--path", "--suffix=mount", str(point))
-    after = answer("systemctl", "show", "--property=After", "--value", unit)
-    return unit if REMOTE in after.split() else ""
+    """Return a unit that mounts it or a parent, if that waits for what the service comes before."""
+    real = directory.resolve()
+    for point in (real, *real.parents):
+        unit = answer("systemd-escape", "--path", "--suffix=mount", str(point))
+        after = answer("systemctl", "show", "--property=After", "--value", unit)
+        if REMOTE in after.split():
+            return unit
+    return ""
 
 
 def place(prefix: str, copies: str, links: str, mode: str) -> list[str]:
@@ -188,6 +194,14 @@ def content(path: Path) -> dict[str, str] | None:
     if path.is_symlink():
         return {"link": str(path.readlink())}
     return {"text": read(path).decode(errors="surrogateescape")} if path.exists() else None
+
+
+def patience() -> int:
+    """Return for how many seconds I/O can wait for a service that does not start."""
+    running = (notes().get(str(CONFIG)) or {}).get("text", "")
+    disks = [*(parsed(running.encode()) or {}).values(), *(config() or {}).values()]
+    seconds = (str(disk.get("dead_timeout", "")) for disk in disks)
+    return min([DEAD_TIMEOUT, *(int(number) for number in seconds if number.isdecimal())])
 
 
 def remove(paths: str, mode: str) -> list[str]:
@@ -293,7 +307,7 @@ def promises(*names: str) -> list[str]:
 
     By its name, by a name in by-nbd, by the devices that are given or that the config names.
     """
-    named = {Path(device).name for device in (config() or {}).values()}
+    named = {Path(str(disk.get("device", ""))).name for disk in (config() or {}).values()}
     lines = ([decoded(word) for word in line.split()] for line in read(FSTAB).splitlines())
     return [
         f"{FSTAB} has {words[0]}{f' for {words[1]}' if len(words) > 1 else ''}"
@@ -388,13 +402,16 @@ def configured(disks: set[str]) -> set[str]:
     return disks if known is None else disks & {*known}
 
 
-def config() -> dict[str, str] | None:
-    """Return the disks of the config, each with its device; None when they cannot be told."""
-    if not CONFIG.exists():
-        return {}
+def config() -> dict[str, dict[str, object]] | None:
+    """Return the keys of the config's disks; None when they cannot be told."""
+    return parsed(read(CONFIG)) if CONFIG.exists() else {}
+
+
+def parsed(text: bytes) -> dict[str, dict[str, object]] | None:
+    """Return the keys of the disks of a config, all as text; None when they cannot be told."""
     command = [str(PYTHON), "-c", PARSER]
     try:
-        done = subprocess.run(command, input=read(CONFIG), capture_output=True, check=True)
+        done = subprocess.run(command, input=text, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return dict(json.loads(done.stdout))
@@ -470,6 +487,7 @@ if __name__ == "__main__":
         "untaken": untaken,
         "taken": taken,
         "restore": restore,
+        "patience": patience,
         "remove": remove,
         "online": online,
         "left": left,
