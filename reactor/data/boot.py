@@ -143,12 +143,12 @@ def main() -> int:
             return 0
         reactor = Reactor(arguments.mode)
         worker = Worker(reactor, core, arguments.runtime_dir, arguments.instance, parent)
+        reactor.add_signal(signal.SIGTERM, worker.end_if_orphaned)
     except (OSError, ReactorError, MemoryError) as error:
         log.critical("cannot start: %s", reason(error))
         return SHORTAGE if error_number(error) in SHORTAGES else BOOT_FAILURE
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the controller
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    reactor.add_signal(signal.SIGTERM, worker.end_if_orphaned)
     garbage.collect_by_timer(reactor)
     reactor.run()
     worker.close()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,8 @@ from reactor.loop import FAILURES_MAX, READABLE, Mode, Reactor
 
 if TYPE_CHECKING:  # pytest must be the first to import it
     from tests.unit.looping import Poll
+
+MORE_THAN_A_PIPE_HOLDS = 70_000
 
 pytest_plugins = ["tests.unit.looping"]
 
@@ -140,6 +143,17 @@ def test_a_flood_of_signals_is_handled_once_a_turn(real: Reactor) -> None:
     flood.wait()
     assert len(turns) > 1
     assert len(set(turns)) == len(turns)
+
+
+def test_a_signal_is_not_lost_behind_a_flood_of_others(real: Reactor) -> None:
+    taken: list[int] = []
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        real.add_signal(number, partial(taken.append, number))
+    for _ in range(MORE_THAN_A_PIPE_HOLDS):
+        signal.raise_signal(signal.SIGUSR1)
+    signal.raise_signal(signal.SIGUSR2)
+    real.turn()
+    assert sorted(taken) == [signal.SIGUSR1, signal.SIGUSR2]
 
 
 def test_close_gives_the_signals_back() -> None:
