@@ -114,5 +114,8 @@ class Linux:
     def save(self, state: bytes) -> None:
         self._runtime.save(state)
 
+    def outdate(self) -> None:
+        self._runtime.outdate()
+
     def discard(self, backend: str, disk: str) -> None:
         registry.backend(backend).discard(disk, self.instance)

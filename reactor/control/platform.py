@@ -145,5 +145,8 @@ class Platform(Protocol):
     def save(self, state: bytes) -> None:
         """Make `state` what the next controller finds; raises OSError, the old one is kept then."""
 
+    def outdate(self) -> None:
+        """Have the next controller know that what it finds is not all."""
+
     def discard(self, backend: str, disk: str) -> None:
         """Remove what a disk keeps outside its workers; raises OSError or ReactorError."""

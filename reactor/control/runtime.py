@@ -102,15 +102,14 @@ class RuntimeDir:
             ) from error
 
     def save(self, state: bytes) -> None:
-        """Make `state` what is loaded next; raises OSError, the next one then knows it is old."""
-        path, outdated = self.path / STATE, self.path / OUTDATED
-        try:
-            replace_file(path, state)
-        except OSError:
-            with suppress(OSError):
-                path.rename(outdated)
-            raise
-        outdated.unlink(missing_ok=True)
+        """Make `state` what is loaded next; raises OSError."""
+        replace_file(self.path / STATE, state)
+        (self.path / OUTDATED).unlink(missing_ok=True)
+
+    def outdate(self) -> None:
+        """Have the next service know that what it loads is not all."""
+        with suppress(OSError):
+            (self.path / STATE).rename(self.path / OUTDATED)
 
     def forget(self) -> None:
         """Have nothing running when the next service starts."""

@@ -31,16 +31,8 @@ class Saving:
 
     def save(self, state: SavedState) -> None:
         """Save `state`, if that is not done."""
-        if state == self._last and self.error is None:
-            return
-        try:
-            self._platform.save(state.encode(self._platform.instance, self._platform.boot))
-        except OSError as error:
-            if self.error is None:
-                log.error("a controller that starts now would not know all: %s", reason(error))
-            self.error = error
-        else:
-            self._last, self.error = state, None
+        if not self._try(state) and state != self._last:
+            self._platform.outdate()
 
     def first(self, wish: Wish, state: SavedState) -> None:
         """Save what a disk will be before anybody can rely on it, with what else `state` has.
@@ -48,8 +40,8 @@ class Saving:
         Raises OSError when that fails, and then nothing may be done.
         """
         wishes = {each.spec.name: each for each in state.wishes} | {wish.spec.name: wish}
-        self.save(replace(state, wishes=tuple(wishes.values())))
-        if self.error is not None:
+        if not self._try(replace(state, wishes=tuple(wishes.values()))):
+            assert self.error is not None
             why = f"nothing was done, as it could not be saved: {reason(self.error)}"
             raise OSError(self.error.errno, why)
 
@@ -71,6 +63,19 @@ class Saving:
             why = f"it is done, but cannot be saved for a restart: {reason(self.error)}"
             return UnsavedError(self.error.errno, why)
         return error
+
+    def _try(self, state: SavedState) -> bool:
+        if state == self._last and self.error is None:
+            return True
+        try:
+            self._platform.save(state.encode(self._platform.instance, self._platform.boot))
+        except OSError as error:
+            if self.error is None:
+                log.error("a controller that starts now would not know all: %s", reason(error))
+            self.error = error
+            return False
+        self._last, self.error = state, None
+        return True
 
     def _save_for_all(self) -> None:
         waiting, self._waiting = self._waiting, {}

@@ -233,6 +233,7 @@ def test_a_damaged_state_is_refused_and_nothing_is_touched(
 
 def test_a_state_that_cannot_be_saved_stops_nothing(service: Start, tmp_path: Path) -> None:
     running = service(ram(tmp_path, "a"))
+    state, outdated = (running.runtime_dir / f"state{what}.json" for what in ("", "-outdated"))
     (running.runtime_dir / "state.json.new").mkdir()
     keys = {"backend": "malloc", "size": "1MiB"}
     answer = running.rpc_raw("reactor_start_disk", name="made", keys=keys)
@@ -241,11 +242,11 @@ def test_a_state_that_cannot_be_saved_stops_nothing(service: Start, tmp_path: Pa
     assert answer["error"]["code"] == -errno.EISDIR
     assert [disk["name"] for disk in running.rpc("reactor_get_disks")] == ["a"]
     running.await_line("a controller that starts now would not know all")
+    assert state.exists()  # nothing was done: it is all that runs
     answer = running.rpc_raw("reactor_resize_disk", name="a", size=8 << 20)
     assert "it is done, but cannot be saved for a restart" in answer["error"]["message"]
     answer = running.rpc_raw("bdev_malloc_delete", name="a")
     assert "it is done, but cannot be saved for a restart" in answer["error"]["message"]
-    state, outdated = (running.runtime_dir / f"state{what}.json" for what in ("", "-outdated"))
     assert outdated.exists()  # it is not taken for all that ran
     assert not state.exists()
     (running.runtime_dir / "state.json.new").rmdir()

@@ -254,11 +254,14 @@ class SimulatedPlatform:
     def save(self, state: bytes) -> None:
         """Keep the state."""
         self._step()
-        self.host.unsaved = True
         self.host.faults.check(UNSAVEABLE, NO_SPACE)
         self.host.saved, self.host.unsaved = state, False
         self.host.saves += 1
         self._step()
+
+    def outdate(self) -> None:
+        """Note that the state is old."""
+        self.host.unsaved = True
 
     def discard(self, backend: str, disk: str) -> None:
         """Remove a disk's memory."""
