@@ -115,11 +115,11 @@ class DiskControl:
         self.spec = self.spec.with_device(device)
         self._again(None)
 
-    def _report_resize(self, error: Exception | None) -> None:
+    def _report_resize(self, size: int, error: Exception | None) -> None:
         if isinstance(error, OSError) and error.errno == errno.EBUSY and self.rising:
             # It is not online yet, or another resize is under way; the newest config counts.
             self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, self._grow)
-        elif error is None or self.spec.options.get("size", 0) == self._wanted_size:
+        elif error is None or self.spec.options.get("size", 0) == size:
             self._host.on_grown(self)  # if not yet the device, which is told as soon as it can be
         else:
             log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
@@ -128,7 +128,7 @@ class DiskControl:
         size = self._wanted_size
         other_size = size != self.spec.options.get("size", 0)
         if self.rising and other_size and size >= self._shares.geometry.size:
-            self.resize(size, self._report_resize)
+            self.resize(size, partial(self._report_resize, size))
 
     def detach(self, done: Done) -> None:
         """Give up the device; the disk stays."""
@@ -274,7 +274,7 @@ class DiskControl:
         """Go on with a resize that a dead controller began; what it did not cut is not cut."""
         wanted = self.spec.options.get("size", size)
         if wanted > size:
-            self._resize = Resize(wanted, self._report_resize, size)
+            self._resize = Resize(wanted, partial(self._report_resize, wanted), size)
         else:
             self.spec = self.spec.with_size(size)
 
@@ -290,10 +290,8 @@ class DiskControl:
         if self._shares.unknown or self._awaited_former():
             return
         if self._errand.busy():
-            if self.rising:
-                self._shares.kill_obstructing()
-            else:
-                self._shares.kill_silent()
+            hurry = self._shares.kill_obstructing if self.rising else self._shares.kill_silent
+            hurry()
             return
         hindered = self._is_hindered()
         if not self.rising:
@@ -319,7 +317,6 @@ class DiskControl:
     def _learn_made(self) -> None:
         """Note what its storage has; it is saved before anyone relies on it."""
         if self.rising and self._resize is None and self._shares.opened:
-            # 0: opened, perhaps, by a worker that has not answered
             self._made = self._shares.common_geometry.size or self._made
 
     def _go_on(self) -> None:
@@ -334,8 +331,8 @@ class DiskControl:
     # --- rising ---
 
     def _rise(self) -> None:
-        link, shares, resize = self._link, self._shares, self._resize
-        device = link.device
+        link, shares, device = self._link, self._shares, self._link.device
+        resize = self._resize if self._resize and not self._resize.refusal else None
         astray = device is not None and self.spec.device not in ("auto", device.path)
         if not astray:
             link.stay()
@@ -343,28 +340,32 @@ class DiskControl:
         shares.open_next(self.spec, self._made, self._patience)
         if self._errand.busy() or self.failure is not None:
             return
-        if resize is None or resize.refusal is not None:
+        if resize is None:
             shares.agree()
             if self._errand.busy():
+                link.fitted = False  # the kernel may believe in fewer blocks
                 return
         if device is None:
-            own = self.spec.device if self._attaching is None else None  # who asks is told at once
-            why = self._host.attach_hindrance(self) or link.hindrance(own)
-            waits = self._waiting.holds(why, briefly=self.spec.device == "auto")
-            if self.spec.device and not shares.closed and not waits:
-                failed = partial(self._on_attach_failed, self.spec.device, self._attaching)
-                link.attach(self.spec, shares.common_geometry, failed)
+            self._attach()
         elif astray:
             self._let_go(device)
             return
         else:
-            link.mend(device, resize.geometry(shares) if resize else shares.geometry)
+            link.mend(device, resize.geometry(shares) if resize else shares.common_geometry)
         if self._errand.busy() or self.state != "online":
             return
-        if resize is None or resize.refusal is not None:
-            self._settle()
-        else:
+        if resize is not None:
             self._resize_step(resize)
+        elif not (self._resize and shares.disagree):
+            self._settle()
+
+    def _attach(self) -> None:
+        own = self.spec.device if self._attaching is None else None  # who asks is told at once
+        why = self._host.attach_hindrance(self) or self._link.hindrance(own)
+        waits = self._waiting.holds(why, briefly=self.spec.device == "auto")
+        if self.spec.device and not self._shares.closed and not waits:
+            failed = partial(self._on_attach_failed, self.spec.device, self._attaching)
+            self._link.attach(self.spec, self._shares.common_geometry, failed)
 
     def _resize_step(self, resize: Resize) -> None:
         def keep() -> None:
@@ -378,10 +379,8 @@ class DiskControl:
 
         def finish(error: Exception | None) -> None:
             self._resize = None
-            if error is None:
-                self._made = resize.size
-            else:
-                self._link.fitted = False  # the kernel may have another size than the disk
+            self._made = resize.size if error is None else self._made
+            self._link.fitted &= error is None  # else the kernel may have another size
             resize.done(error)
 
         resize.begin(self._link, self._shares, keep=keep, refused=refused, finish=finish)

@@ -319,7 +319,7 @@ class DeviceLink:
             self._attach_anew(device, error)
         elif gone and self._adopted:
             log.warning("disk %s: another device is attached: %s", self._disk, reason(error))
-            self.device = None
+            self.device, self.probed = None, False
             self._errand.pause(RETRY_SECONDS)
         else:
             self._on_failed(error)

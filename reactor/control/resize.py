@@ -22,10 +22,8 @@ class Resize:
 
     def geometry(self, shares: Shares) -> Geometry:
         """Return what the kernel may believe in meanwhile: blocks that all have, and will have."""
-        if self.refusal is not None:
-            return shares.geometry
-        sizes = (share.size for share in shares.opened)
-        return replace(shares.geometry, size=min([self.size, *sizes]))
+        common = shares.common_geometry
+        return replace(common, size=min(self.size, common.size))
 
     def begin(
         self,
@@ -38,8 +36,8 @@ class Resize:
     ) -> None:
         """Change all; `finish(error)` comes then, or `refused` when the storage keeps its size.
 
-        `keep` is called before the storage changes: should a worker die in the middle, the next
-        one opens what is wanted.
+        `keep` is called before the storage is cut and after it has grown: should a worker die in
+        the middle, the next one opens what is there, or asks for no more than there was.
         """
         device, size = link.device, self.size
 
@@ -52,9 +50,13 @@ class Resize:
                 device, geometry, lambda error: failed(error) if error is not None else then()
             )
 
-        def resize_disk(then: Callable[[], None]) -> None:
+        def grown() -> None:
             keep()
-            shares.resize(size, then, refused)
+            resize_device(lambda: finish(None), told_later)
+
+        def cut() -> None:
+            keep()
+            shares.resize(size, lambda: finish(None), refused)
 
         def told_later(error: Exception) -> None:
             why = f"the disk has its new size, but its device not yet: {reason(error)}"
@@ -62,6 +64,6 @@ class Resize:
 
         # The kernel must never believe in blocks that the disk does not have.
         if size >= shares.geometry.size:
-            resize_disk(lambda: resize_device(lambda: finish(None), told_later))
+            shares.resize(size, grown, refused)
         else:
-            resize_device(lambda: resize_disk(lambda: finish(None)), finish)
+            resize_device(cut, finish)

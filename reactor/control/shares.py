@@ -130,7 +130,14 @@ class Shares:
     @property
     def common_geometry(self) -> Geometry:
         """The geometry with no more blocks than everyone has, should a resize be half done."""
-        return replace(self.geometry, size=min(share.size for share in self.opened))
+        # 0: opened, perhaps, by a worker that has not answered
+        sizes = (share.size for share in self.opened if share.size)
+        return replace(self.geometry, size=min(sizes, default=self.geometry.size))
+
+    @property
+    def disagree(self) -> bool:
+        """Whether somebody shows another size than the disk has."""
+        return any(share.size != self.geometry.size for share in self.opened)
 
     @property
     def _shared(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -60,6 +61,7 @@ class Store:
         self.relied_on: set[str] = set()  # keys of what must not be made again
         self.on_made_anew: Callable[[str], None] = lambda disk: None
         self.refusals: dict[str, OSError] = {}  # by disk: why it cannot be opened now
+        self.sizes_max: dict[str, int] = {}  # by disk: bytes to which it can grow
 
     @staticmethod
     def key(backend: str, disk: str, options: Any) -> str:
@@ -85,6 +87,7 @@ class Store:
             raise
         storage = self._storages.get(key)
         size = spec.options.get("size")
+        self.check_size(spec.name, size or 0)
         if storage is None:
             if size is None:
                 raise OSError(errno.ENOENT, "no such file, and no size to create it")
@@ -104,6 +107,11 @@ class Store:
             storage.size = size  # nothing is cut
         storage.openers[process] = mark
         return storage
+
+    def check_size(self, disk: str, size: int) -> None:
+        """Raise OSError if the storage of a disk cannot have so many bytes."""
+        if size > self.sizes_max.get(disk, size):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _check_new(self, disk: str, key: str, least: int) -> None:
         if key.startswith("null"):

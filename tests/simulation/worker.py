@@ -316,6 +316,7 @@ class Worker:
             if message["id"] == self._refused or self.process.host.faults.refuses_resize():
                 self._refused = message["id"]
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.process.host.store.check_size(message["disk"], size)
             disk.storage.size = size
         disk.size = size
         disk.spec = disk.spec.with_size(size)
