@@ -34,6 +34,7 @@ ACCEPTS_PER_TURN: Final = 16
 ACCEPT_RETRY_SECONDS: Final = 1.0
 RECEIVE_BYTES: Final = 64 << 10
 CALLS_PER_TURN: Final = 64  # of one connection
+CALLS_NS: Final = 100_000_000  # ... and no more once they have taken so long
 WAITING_MAX: Final = 64  # calls of one connection that are not answered yet
 OUTGOING_MAX: Final = 1 << 20  # bytes; a client that does not read beyond starts nothing new
 
@@ -194,9 +195,10 @@ class _Connection:
 
     def _advance(self) -> None:
         """Start what may start, and settle what to wait for."""
-        calls = 0
+        calls, clock = 0, self._reactor.clock
+        late = clock() + CALLS_NS
         while self._may_start():
-            if calls == CALLS_PER_TURN:
+            if calls == CALLS_PER_TURN or (calls and clock() >= late):
                 self._reactor.mark_flush(self)  # comes back here in the next turn
                 break
             if self._queue:

@@ -347,6 +347,24 @@ def test_a_connection_too_many_is_told_so_and_closed(running: RunningRpc) -> Non
         client.__exit__(None, None, None)
 
 
+def test_calls_that_take_long_are_spread_over_turns(tmp_path: Path) -> None:
+    turns: list[int] = []
+
+    def slow(_params: dict[str, Any], reply: Reply) -> None:
+        turns.append(running.reactor.turns)
+        time.sleep(rpc.CALLS_NS / 1e9)
+        reply.result(True)
+
+    with (
+        RunningRpc(tmp_path / "rpc.sock", {"slow": Method(slow)}) as running,
+        running.client() as client,
+    ):
+        client.send(encode("slow") * 3)
+        for _ in range(3):
+            assert client.reply()["result"] is True
+    assert len(set(turns)) > 1
+
+
 def test_idle_connections_cost_no_turns(running: RunningRpc) -> None:
     clients = [running.client() for _ in range(20)]
     for client in clients:
