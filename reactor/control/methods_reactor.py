@@ -121,6 +121,7 @@ def _disk(disk: DiskStatus, pids: dict[int, int | None]) -> dict[str, Any]:
         "flags": disk.flags,
         "device": disk.device,
         "listen": [str(address) for address in disk.spec.listen],
+        "dead_timeout": disk.spec.dead_timeout,
         "statistics": dict(disk.statistics),
     }
 

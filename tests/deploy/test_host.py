@@ -1,8 +1,7 @@
-"""What the role's script says of a host, and does to it."""
+"""What the role's script says of a host."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -12,18 +11,13 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "deploy/ansible/roles/nbd_reactor/files/host.py"
+from tests.deploy.script import load
 
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, with a /sys and releases in `tmp_path`."""
-    specification = importlib.util.spec_from_file_location("host", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # else the collection would hold it
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = load("host", monkeypatch)
     monkeypatch.setattr(sys, "base_prefix", "/usr")
     for name in ("block", "releases", "memory"):
         (tmp_path / name).mkdir()
@@ -32,7 +26,6 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "CONFIG", tmp_path / "disks.yaml")
     monkeypatch.setattr(module, "FSTAB", tmp_path / "fstab")
     monkeypatch.setattr(module, "PYTHON", Path(sys.executable))
-    monkeypatch.setattr(module, "TAKEN", tmp_path / "taken.json")
     (tmp_path / "instance").write_text("0123abcd\n")
     return module
 
@@ -54,6 +47,30 @@ def test_devices_of_others_and_missing_directories_are_problems(
     said = host.preflight(json.dumps(devices), json.dumps(directories))["problems"]
     about = [line for line in said if "no module nbd" not in line]  # of this very kernel
     assert [line.split()[0] for line in about] == ["/dev/nbd1", str(tmp_path / "nothing")]
+
+
+def test_a_directory_that_is_a_link_is_a_problem(host: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    said = host.preflight("[]", json.dumps([str(tmp_path / "real"), str(tmp_path / "link")]))
+    about = [line for line in said["problems"] if "no module nbd" not in line]
+    assert [line.split(" is a symbolic link to ")[0] for line in about] == [str(tmp_path / "link")]
+    assert f"name {tmp_path}/real itself" in about[0]
+
+
+def test_what_the_network_mounts_above_a_directory_comes_late(
+    host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders = {"srv.mount": "network.target remote-fs-pre.target", "-.mount": "local-fs-pre.target"}
+
+    def answer(command: str, *arguments: str) -> str:
+        if command == "systemd-escape":
+            return f"{arguments[-1].strip('/').replace('/', '-') or '-'}.mount"
+        return orders.get(arguments[-1], "")
+
+    monkeypatch.setattr(host, "answer", answer)
+    assert host.late_mount(Path("/srv/images/deep")) == "srv.mount"
+    assert host.late_mount(Path("/var/images")) == ""
 
 
 def test_a_python_that_the_service_does_not_see_is_a_problem(
@@ -210,7 +227,7 @@ def test_what_outlived_the_service_is_named(
     (host.MEMORY / "nbd-reactor-data").touch()
     (host.MEMORY / "other").touch()
     (tmp_path / "proc/10").mkdir(parents=True)
-    line = "7f00 r-xp 0 08:01 1 /opt/nbd-reactor/releases/1-a/lib/yaml.so"
+    line = f"7f00 r-xp 0 08:01 1 {host.RELEASES}/1-a/lib/yaml.so"
     (tmp_path / "proc/10/maps").write_text(f"{line}\n")
     (tmp_path / "proc/10/cmdline").write_text("nbd-reactor: worker\0")
     assert host.left() == [
@@ -247,102 +264,27 @@ def test_disks_that_are_not_online_are_told_with_the_reason(
     assert 1 <= time.monotonic() - before < 30
 
 
-def test_files_and_links_are_placed_once(host: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "unit").write_text("first")
-    files = json.dumps({str(tmp_path / "etc/system/unit"): "unit"})
-    links = json.dumps({str(tmp_path / "sbin/program"): "/opt/program"})
-    both = [str(tmp_path / "sbin/program"), str(tmp_path / "etc/system/unit")]
-    arguments = (str(tmp_path), files, links)
-    assert host.place(*arguments, "check") == both
-    assert not (tmp_path / "sbin").exists()
-    assert host.place(*arguments, "change") == both
-    assert host.place(*arguments, "change") == []
-    (tmp_path / "unit").write_text("second")
-    assert host.place(*arguments, "change") == both[1:]
-    assert (tmp_path / "etc/system/unit").read_text() == "second"
-    assert (tmp_path / "etc/system/unit").stat().st_mode & 0o777 == 0o644
-    assert (tmp_path / "sbin/program").readlink() == Path("/opt/program")
-
-
-def test_what_was_made_is_removed_once(host: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "home/releases").mkdir(parents=True)
-    (tmp_path / "home/releases/file").touch()
-    (tmp_path / "unit").touch()
-    (tmp_path / "link").symlink_to("home")
-    (tmp_path / "dangling").symlink_to("nothing")
-    made = [str(tmp_path / name) for name in ("dangling", "link", "unit", "home")]
-    paths = json.dumps([*made, str(tmp_path / "other")])
-    kept = sorted(tmp_path.rglob("*"))
-    assert host.remove(paths, "check") == made
-    assert sorted(tmp_path.rglob("*")) == kept
-    assert host.remove(paths, "change") == made
-    assert not any(os.path.lexists(path) for path in made)
-    assert host.remove(paths, "change") == []
-
-
 @pytest.mark.parametrize(
-    ("running", "configured", "seconds"),
+    ("disks", "seconds"),
     [
-        (None, "disks: {a: {}}", 600),
-        ("disks: {a: {dead_timeout: 30}}", "disks: {b: {dead_timeout: 90}}", 30),
-        ("{defaults: {dead_timeout: 120}, disks: {a: {}}}", "disks: {a: {}}", 120),
-        (
-            "disks: {a: {}}",
-            "{defaults: {dead_timeout: 900}, disks: {a: {}, b: {dead_timeout: 0}}}",
-            0,
-        ),
-        ("disks: {a: {dead_timeout: 30}}", "disks: [", 30),
-        ("disks: {a: {dead_timeout: soon}}", "", 600),
+        ([], 0),
+        ([("/dev/nbd0", 600), ("/dev/nbd1", 30)], 30),
+        ([("/dev/nbd0", 600), (None, 30)], 600),
+        ([("/dev/nbd0", None)], 0),
+        (None, 0),
     ],
 )
-def test_io_waits_as_long_as_the_least_patient_of_the_disks_that_run_and_are_to(
-    host: ModuleType, running: str | None, configured: str, seconds: int
+def test_io_waits_as_long_as_on_the_least_patient_device(
+    host: ModuleType, tmp_path: Path, disks: list[tuple[str, int | None]] | None, seconds: int
 ) -> None:
-    if running is not None:
-        host.CONFIG.write_text(running)
-        host.taken(json.dumps([str(host.CONFIG)]))
-    host.CONFIG.write_text(configured)
+    said = [
+        {"device": d} if s is None else {"device": d, "dead_timeout": s} for d, s in disks or ()
+    ]
+    status = 1 if disks is None else 0
+    (tmp_path / "client").write_text(f"#!/bin/sh\necho '{json.dumps(said)}'\nexit {status}\n")
+    (tmp_path / "client").chmod(0o755)
+    host.CLIENT = tmp_path / "client"
     assert host.patience() == seconds
-
-
-def test_what_changed_since_the_service_took_it_is_untaken(
-    host: ModuleType, tmp_path: Path
-) -> None:
-    unit, link = tmp_path / "unit", tmp_path / "current"
-    files = json.dumps([str(unit), str(link)])
-    assert host.untaken(files) == []  # a fresh host
-    unit.write_text("first")
-    link.symlink_to("one")
-    assert host.untaken(files) == [str(unit), str(link)]
-    host.taken(files)
-    assert host.untaken(files) == []
-    unit.write_text("second")
-    assert host.untaken(files) == [str(unit)]
-    host.taken(files)
-    link.unlink()
-    link.symlink_to("two")
-    assert host.untaken(files) == [str(link)]
-
-
-def test_what_the_service_took_can_be_put_back(host: ModuleType, tmp_path: Path) -> None:
-    unit, link, late = tmp_path / "unit", tmp_path / "current", tmp_path / "late"
-    files = json.dumps([str(unit), str(link), str(late)])
-    assert host.restore() is None  # nothing is noted
-    unit.write_bytes(b"first \xff")
-    unit.chmod(0o640)
-    link.symlink_to("one")
-    host.taken(files)
-    assert host.restore() == []
-    unit.write_text("second")
-    link.unlink()
-    link.symlink_to("two")
-    late.touch()
-    assert host.restore() == [str(unit), str(link), str(late)]
-    assert unit.read_bytes() == b"first \xff"
-    assert unit.stat().st_mode & 0o777 == 0o640
-    assert link.readlink() == Path("one")
-    assert not late.exists()
-    assert host.TAKEN.stat().st_mode & 0o777 == 0o600  # it holds what only root may read
 
 
 def test_old_releases_are_those_beside_the_current_and_the_youngest(host: ModuleType) -> None:

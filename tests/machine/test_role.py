@@ -23,7 +23,7 @@ DISKS: dict[str, dict[str, Any]] = {
         "size": "64MiB",
         "device": "/dev/nbd0",
     },
-    "raw": {"backend": "malloc", "size": "32MiB", "device": "/dev/nbd1"},
+    "raw": {"backend": "malloc", "size": "32MiB", "device": "/dev/nbd1", "dead_timeout": 120},
 }
 #: Verifies again and again what it wrote, slowly, until it is told to stop or finds an error.
 LOAD = """\
@@ -120,7 +120,7 @@ def test_a_disk_is_installed_and_carries_a_file_system_through_a_reboot(
     assert machine.run(f"findmnt -no FSTYPE,SOURCE {MOUNT}").split() == ["ext4", "/dev/nbd0"]
     assert machine.run(f"cat {MOUNT}/file") == "kept"
     assert machine.run("journalctl -b -g 'ordering cycle' -o cat || true") == ""
-    assert machine.run("nbd-reactor --version; man -w nbd-reactor") != ""
+    assert machine.run("nbd-reactor --version && man -w nbd-reactor") != ""
 
 
 @LONG
@@ -281,11 +281,9 @@ def test_a_release_that_does_not_start_gives_way_to_the_one_before(
     machine.write(f"{broken}/bin/nbd-reactor", BROKEN.format(whole=whole, end=end))
     machine.run(f"chmod +x {broken}/bin/nbd-reactor")
     before = machine.run(CONTENT)
-    changed: dict[str, Any] = {
-        "nbd_reactor_options": ["--cores=0-1", "--log-level=debug"],
-        "nbd_reactor_defaults": {"dead_timeout": 120},
-    }
-    said = operator.play("upgrade", "-e", "nbd_reactor_release=broken", fails=True, **changed)
+    release = ("-e", "nbd_reactor_release=broken")
+    options = ["--cores=0-1", "--log-level=debug"]
+    said = operator.play("upgrade", *release, fails=True, nbd_reactor_options=options)
     assert "What ran before runs again" in said
     assert ("It was not ready after 60 s." in said) == (end == ENDS["hangs"])
     assert "this release is broken" in said

@@ -1,14 +1,8 @@
 """What the role asks of a host, each in one step; prints JSON.
 
 host.py preflight DEVICES DIRECTORIES   {"python": version, "problems": [line, ...]}
-host.py place PREFIX COPIES LINKS MODE  [path, ...] that it changed, or with MODE check would
-host.py untaken FILES                   files that are not as the service took them: [path, ...]
-host.py taken FILES                     notes that the service took them as they are: null
-host.py restore                         puts back what it took last: [path, ...] that was not so;
-                                        null where nothing is noted
-host.py patience                        for how many seconds all disks, those that ran and those of
-                                        the config, let I/O wait: the shortest dead_timeout
-host.py remove PATHS MODE               [path, ...] that were there, and with MODE check still are
+host.py patience                        for how many seconds I/O can wait on each device: the least
+                                        dead_timeout; 0 when the service does not say
 host.py online SECONDS DISKS WHICH      waits for the disks: [line, ...] about those not online;
                                         with WHICH configured for those that the config has by now
 host.py left                            what outlived the service: [line, ...]
@@ -17,8 +11,7 @@ host.py users DEVICE                    what uses one device: [line, ...]
 host.py releases                        what runs: {release: [process, ...]}
 host.py old CURRENT KEPT                releases that can go: [path, ...]
 
-DEVICES, DIRECTORIES, FILES, PATHS, DISKS and KEPT are JSON lists, COPIES and LINKS JSON objects:
-target to source. KEPT: names of disks that stay.
+DEVICES, DIRECTORIES, DISKS and KEPT are JSON lists. KEPT: names of disks that stay.
 """
 
 from __future__ import annotations
@@ -29,16 +22,14 @@ import json
 import os
 import platform
 import re
-import shutil
-import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 BLOCK = Path("/sys/block")
-DEAD_TIMEOUT = 600  # seconds, of a disk that does not say
 CLIENT = Path("/opt/nbd-reactor/current/bin/nbd-reactorctl")
 CONFIG = Path("/etc/nbd-reactor/disks.yaml")
 FINDFS = "/sbin/findfs"
@@ -51,18 +42,16 @@ import json, sys, yaml
 config = yaml.load(sys.stdin, yaml.BaseLoader)
 keys = {name: {**dict(config.get("defaults", "")), **dict(own)}
         for name, own in dict(config["disks"]).items()}
-print(json.dumps(keys))
+print(json.dumps({name: str(own.get("device", "")) for name, own in keys.items()}))
 """
 PROC = Path("/proc")
 INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
 REMOTE = "remote-fs-pre.target"
 TAG = re.compile(r"(UUID|LABEL|PARTUUID|PARTLABEL)=.")
-TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to content
 UNIT = "nbd-reactor.service"
 HIDDEN = ("/home/", "/root/", "/run/user/")
 PYTHON = Path("/opt/nbd-reactor/current/bin/python")  # has the module yaml, as the host's may not
 RELEASES = Path("/opt/nbd-reactor/releases")
-RELEASE = re.compile(rb" /opt/nbd-reactor/releases/([^/\n]+)/")
 
 
 def preflight(devices: str, directories: str) -> dict[str, object]:
@@ -102,13 +91,18 @@ def preflight(devices: str, directories: str) -> dict[str, object]:
         for directory in [str(IMAGES), *json.loads(directories)]
         if (unit := late_mount(Path(directory)))
     ]
+    problems += [
+        f"{directory} is a symbolic link to {real}, and what is mounted there may come after the"
+        f" service, which does not know: name {real} itself"
+        for directory in json.loads(directories)
+        if (real := os.path.realpath(directory)) != directory
+    ]
     return {"python": version, "problems": problems}
 
 
 def late_mount(directory: Path) -> str:
     """Return a unit that mounts it or a parent, if that waits for what the service comes before."""
-    real = directory.resolve()
-    for point in (real, *real.parents):
+    for point in (directory, *directory.parents):
         unit = answer("systemd-escape", "--path", "--suffix=mount", str(point))
         after = answer("systemctl", "show", "--property=After", "--value", unit)
         if REMOTE in after.split():
@@ -116,120 +110,13 @@ def late_mount(directory: Path) -> str:
     return ""
 
 
-def place(prefix: str, copies: str, links: str, mode: str) -> list[str]:
-    """Copy and link what a release has for the host; return the targets that were not so."""
-    changed = []
-    for target, source in json.loads(links).items():
-        if not (Path(target).is_symlink() and str(Path(target).readlink()) == source):
-            changed.append(target)
-            if mode != "check":
-                replace(Path(target), lambda new, source=source: new.symlink_to(source))
-    for target, source in json.loads(copies).items():
-        content = read(Path(prefix, source))
-        if read(Path(target)) != content:
-            changed.append(target)
-            if mode != "check":
-                replace(Path(target), lambda new, content=content: write(new, content))
-    return changed
-
-
-def replace(target: Path, make: Callable[[Path], object]) -> None:
-    """Make a file beside the target, and put it in its place in one step."""
-    os.umask(0o022)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f".{target.name}.new")
-    new.unlink(missing_ok=True)
-    make(new)
-    new.replace(target)
-
-
-def write(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a file that all may read, unless `mode` says otherwise."""
-    path.write_bytes(content)
-    path.chmod(mode)
-
-
-def untaken(files: str) -> list[str]:
-    """Return those that are not as the service took them."""
-    noted = notes()
-    return [name for name in json.loads(files) if content(Path(name)) != noted.get(name)]
-
-
-def taken(files: str) -> None:
-    """Note what is in the files that the service runs by now."""
-    noted = json.dumps({name: content(Path(name)) for name in json.loads(files)}, indent=1)
-    replace(TAKEN, lambda new: write(new, noted.encode(), 0o600))
-
-
-def restore() -> list[str] | None:
-    """Put back what the service took last, and return what that changed; None without notes."""
-    all_noted = notes()
-    changed = []
-    for name, noted in all_noted.items():
-        path = Path(name)
-        if content(path) == noted:
-            continue
-        changed.append(name)
-        mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o644
-        if noted is None:
-            path.unlink()
-        elif "link" in noted:
-            replace(path, lambda new, target=noted["link"]: new.symlink_to(target))
-        else:
-            text = noted["text"].encode(errors="surrogateescape")
-            replace(path, lambda new, text=text, mode=mode: write(new, text, mode))
-    return changed if all_noted else None
-
-
-def notes() -> dict[str, dict[str, str] | None]:
-    """Return what the service took: the contents by path."""
-    try:
-        return dict(json.loads(read(TAKEN)))
-    except ValueError:  # it is not there, or was torn
-        return {}
-
-
-def content(path: Path) -> dict[str, str] | None:
-    """Return what is in a file, or where a link leads; None when it is not there."""
-    if path.is_symlink():
-        return {"link": str(path.readlink())}
-    return {"text": read(path).decode(errors="surrogateescape")} if path.exists() else None
-
-
 def patience() -> int:
     """Return for how many seconds I/O can wait for a service that does not start."""
-    running = (notes().get(str(CONFIG)) or {}).get("text", "")
-    disks = [*(parsed(running.encode()) or {}).values(), *(config() or {}).values()]
-    seconds = (str(disk.get("dead_timeout", "")) for disk in disks)
-    return min([DEAD_TIMEOUT, *(int(number) for number in seconds if number.isdecimal())])
-
-
-def remove(paths: str, mode: str) -> list[str]:
-    """Remove files, links, and directories with all that is in them; return those there were.
-
-    A directory where something is mounted is emptied, and stays.
-    """
-    found = [
-        path
-        for path in map(Path, json.loads(paths))
-        if os.path.lexists(path) and not (path.is_mount() and not any(path.iterdir()))
-    ]
-    for path in found if mode != "check" else ():
-        empty(path)
-        if path.is_symlink() or not path.is_dir():
-            path.unlink()
-        elif not path.is_mount():
-            path.rmdir()
-    return [*map(str, found)]
-
-
-def empty(path: Path) -> None:
-    """Remove all that is in a directory; nothing where it is none."""
-    for entry in path.iterdir() if path.is_dir() and not path.is_symlink() else ():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+    try:
+        disks = listed()
+    except OSError:
+        return 0
+    return min((disk.get("dead_timeout", 0) for disk in disks if disk["device"]), default=0)
 
 
 def online(seconds: str, disks: str, which: str) -> list[str]:
@@ -248,17 +135,22 @@ def online(seconds: str, disks: str, which: str) -> list[str]:
 def offline(disks: list[str]) -> list[str]:
     """Return a line for each of the disks that is not online, or why that cannot be told."""
     try:
-        done = subprocess.run([CLIENT, "--json", "list"], capture_output=True, check=False)
+        found = {disk["name"]: disk for disk in listed()}
     except OSError as error:
         return [str(error)]
-    if done.returncode != 0:
-        return [done.stderr.decode(errors="replace").strip()]
-    found = {disk["name"]: disk for disk in json.loads(done.stdout)}
     return [
         f"{name} ({found[name].get('reason') or found[name]['state'] if name in found else 'gone'})"
         for name in disks
         if found.get(name, {}).get("state") != "online"
     ]
+
+
+def listed() -> list[dict[str, Any]]:
+    """Return what the service says of its disks; raises OSError when it does not."""
+    done = subprocess.run([CLIENT, "--json", "list"], capture_output=True, check=False)
+    if done.returncode != 0:
+        raise OSError(done.stderr.decode(errors="replace").strip())
+    return list(json.loads(done.stdout))
 
 
 def left() -> list[str]:
@@ -307,7 +199,7 @@ def promises(*names: str) -> list[str]:
 
     By its name, by a name in by-nbd, by the devices that are given or that the config names.
     """
-    named = {Path(str(disk.get("device", ""))).name for disk in (config() or {}).values()}
+    named = {Path(device).name for device in (config() or {}).values()}
     lines = ([decoded(word) for word in line.split()] for line in read(FSTAB).splitlines())
     return [
         f"{FSTAB} has {words[0]}{f' for {words[1]}' if len(words) > 1 else ''}"
@@ -338,9 +230,10 @@ def meant(source: str) -> str:
 def releases() -> dict[str, list[str]]:
     """Return the releases from which processes run, with these."""
     found: dict[str, list[str]] = {}
+    of_release = re.compile(re.escape(f" {RELEASES.resolve()}/").encode() + rb"([^/\n]+)/")
     for maps in PROC.glob("[0-9]*/maps"):
         text = read(maps)
-        for release in {match.decode() for match in RELEASE.findall(text)}:
+        for release in {match.decode() for match in of_release.findall(text)}:
             title = read(maps.parent / "cmdline").replace(b"\0", b" ").decode(errors="replace")
             found.setdefault(release, []).append(f"{maps.parent.name} ({title.strip()})")
     return found
@@ -349,7 +242,8 @@ def releases() -> dict[str, list[str]]:
 def old(current: str, kept: str) -> list[str]:
     """Return the releases beside `current` that are not among the `kept` youngest, nor used."""
     marks = sorted(RELEASES.glob("*/installed"), key=lambda mark: mark.stat().st_mtime)
-    others = [mark.parent for mark in reversed(marks) if mark.parent != Path(current).resolve()]
+    parents = (mark.parent for mark in reversed(marks))
+    others = [parent for parent in parents if parent.resolve() != Path(current).resolve()]
     used_now = releases()
     return [str(path) for path in others[int(kept) :] if path.name not in used_now]
 
@@ -402,16 +296,13 @@ def configured(disks: set[str]) -> set[str]:
     return disks if known is None else disks & {*known}
 
 
-def config() -> dict[str, dict[str, object]] | None:
-    """Return the keys of the config's disks; None when they cannot be told."""
-    return parsed(read(CONFIG)) if CONFIG.exists() else {}
-
-
-def parsed(text: bytes) -> dict[str, dict[str, object]] | None:
-    """Return the keys of the disks of a config, all as text; None when they cannot be told."""
+def config() -> dict[str, str] | None:
+    """Return the disks of the config, each with its device; None when they cannot be told."""
+    if not CONFIG.exists():
+        return {}
     command = [str(PYTHON), "-c", PARSER]
     try:
-        done = subprocess.run(command, input=text, capture_output=True, check=True)
+        done = subprocess.run(command, input=read(CONFIG), capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return dict(json.loads(done.stdout))
@@ -483,12 +374,7 @@ if __name__ == "__main__":
         sys.exit("root is needed: run the play with become: true")
     steps: dict[str, Callable[..., object]] = {
         "preflight": preflight,
-        "place": place,
-        "untaken": untaken,
-        "taken": taken,
-        "restore": restore,
         "patience": patience,
-        "remove": remove,
         "online": online,
         "left": left,
         "used": used,

@@ -1,0 +1,171 @@
+"""What the role does to the files of a host, each in one step; prints JSON.
+
+files.py place PREFIX COPIES LINKS MODE [path, ...] that it changed, or with MODE check would
+files.py untaken FILES                  files that are not as the service took them: [path, ...]
+files.py taken FILES                    notes that the service took them as they are: null
+files.py restore                        puts back what it took last: [path, ...] that was not so;
+                                        null where nothing is noted
+files.py remove PATHS MODE              [path, ...] that were there, and with MODE check still are
+
+FILES and PATHS are JSON lists, COPIES and LINKS JSON objects: target to source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+CONFIG = Path("/etc/nbd-reactor/disks.yaml")
+TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to content
+
+
+def place(prefix: str, copies: str, links: str, mode: str) -> list[str]:
+    """Copy and link what a release has for the host; return the targets that were not so."""
+    changed = []
+    for target, source in json.loads(links).items():
+        if not (Path(target).is_symlink() and str(Path(target).readlink()) == source):
+            changed.append(target)
+            if mode != "check":
+                replace(Path(target), lambda new, source=source: new.symlink_to(source))
+    for target, source in json.loads(copies).items():
+        content = read(Path(prefix, source))
+        if read(Path(target)) != content:
+            changed.append(target)
+            if mode != "check":
+                replace(Path(target), lambda new, content=content: write(new, content))
+    return changed
+
+
+def replace(target: Path, make: Callable[[Path], object]) -> None:
+    """Make a file beside the target, and put it in its place in one step."""
+    os.umask(0o022)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f".{target.name}.new")
+    new.unlink(missing_ok=True)
+    make(new)
+    new.replace(target)
+
+
+def write(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a file that all may read, unless `mode` says otherwise."""
+    path.write_bytes(content)
+    path.chmod(mode)
+
+
+def untaken(files: str) -> list[str]:
+    """Return those that are not as the service took them."""
+    noted, doubted = notes()
+    return [
+        name
+        for name in json.loads(files)
+        if name in doubted or content(Path(name)) != noted.get(name)
+    ]
+
+
+def taken(files: str) -> None:
+    """Note what is in the files that the service runs by now.
+
+    Of a config that is not among them it may have taken a part: the one before is still the one to
+    put back, but `untaken` whatever is there.
+    """
+    now = {name: content(Path(name)) for name in json.loads(files)}
+    before = {name: noted for name, noted in notes()[0].items() if name == str(CONFIG)}
+    note(before | now, [*before.keys() - now.keys()])
+
+
+def restore() -> list[str] | None:
+    """Put back what the service took last, and return what that changed; None without notes.
+
+    That it runs with it again is not sure: `untaken`, until it is `taken`.
+    """
+    all_noted, _ = notes()
+    note(all_noted, [*all_noted])
+    changed = []
+    for name, noted in all_noted.items():
+        path = Path(name)
+        if content(path) == noted:
+            continue
+        changed.append(name)
+        mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o644
+        if noted is None:
+            path.unlink()
+        elif "link" in noted:
+            replace(path, lambda new, target=noted["link"]: new.symlink_to(target))
+        else:
+            text = noted["text"].encode(errors="surrogateescape")
+            replace(path, lambda new, text=text, mode=mode: write(new, text, mode))
+    return changed if all_noted else None
+
+
+def note(noted: dict[str, dict[str, str] | None], doubted: list[str]) -> None:
+    """Keep the contents by path, and of which it is not sure that the service runs with them."""
+    text = json.dumps({**noted, "doubted": doubted}, indent=1)
+    replace(TAKEN, lambda new: write(new, text.encode(), 0o600))
+
+
+def notes() -> tuple[dict[str, dict[str, str] | None], list[str]]:
+    """Return what was kept; nothing when it is not there, or was torn."""
+    with contextlib.suppress(ValueError):
+        noted = dict(json.loads(read(TAKEN)))
+        doubted = noted.pop("doubted", [])
+        return noted, doubted
+    return {}, []
+
+
+def content(path: Path) -> dict[str, str] | None:
+    """Return what is in a file, or where a link leads; None when it is not there."""
+    if path.is_symlink():
+        return {"link": str(path.readlink())}
+    return {"text": read(path).decode(errors="surrogateescape")} if path.exists() else None
+
+
+def remove(paths: str, mode: str) -> list[str]:
+    """Remove files, links, and directories with all that is in them; return those there were.
+
+    A directory where something is mounted is emptied, and stays.
+    """
+    found = [
+        path
+        for path in map(Path, json.loads(paths))
+        if os.path.lexists(path) and not (path.is_mount() and not any(path.iterdir()))
+    ]
+    for path in found if mode != "check" else ():
+        empty(path)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        elif not path.is_mount():
+            path.rmdir()
+    return [*map(str, found)]
+
+
+def empty(path: Path) -> None:
+    """Remove all that is in a directory; nothing where it is none."""
+    for entry in path.iterdir() if path.is_dir() and not path.is_symlink() else ():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def read(path: Path) -> bytes:
+    """Return what is in the file; nothing when it is not there."""
+    return path.read_bytes() if path.is_file() else b""
+
+
+if __name__ == "__main__":
+    if os.geteuid() != 0:
+        sys.exit("root is needed: run the play with become: true")
+    steps: dict[str, Callable[..., object]] = {
+        "place": place,
+        "untaken": untaken,
+        "taken": taken,
+        "restore": restore,
+        "remove": remove,
+    }
+    print(json.dumps(steps[sys.argv[1]](*sys.argv[2:])))
