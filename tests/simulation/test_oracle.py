@@ -14,10 +14,8 @@ from reactor.control.configured import Configured
 from reactor.control.controller import Controller
 from reactor.control.disk import DiskControl
 from reactor.control.shares import Shares
-from reactor.errors import DeviceError
 from reactor.spec import DiskSpec
 from tests.simulation import platform
-from tests.simulation.devices import NetlinkDevice
 from tests.simulation.platform import SimulatedPlatform
 from tests.simulation.processes import WorkerProcess
 from tests.simulation.scenario import Scenario
@@ -26,19 +24,6 @@ from tests.simulation.storage import Storage, Store
 SEEDS = 12000
 
 Patch = pytest.MonkeyPatch
-
-
-def believe_in_every_reconnect(patch: Patch) -> None:
-    """The kernel says that it is done also when it dropped the socket."""
-    reconnect = NetlinkDevice.reconnect
-
-    def believed(self: NetlinkDevice, *ends: Any) -> None:
-        try:
-            reconnect(self, *ends)
-        except DeviceError:
-            return
-
-    patch.setattr(NetlinkDevice, "reconnect", believed)
 
 
 def discard_what_the_successor_needs(patch: Patch) -> None:
@@ -191,7 +176,6 @@ def fail_without_cause(patch: Patch) -> None:
 @pytest.mark.parametrize(
     ("plant", "complaint"),
     [
-        (believe_in_every_reconnect, "lost its connection 200 times|all was well"),
         (discard_what_the_successor_needs, "was acknowledged|is discarded under"),
         (save_nothing, "is gone, not online|is online, not|as was acknowledged"),
         (adopt_nothing, "attached twice"),
