@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from reactor import background
 from reactor.errors import DeviceError
@@ -62,8 +62,8 @@ class BlockingCall(Generic[Result]):
             done(result, error)
         elif error is not None:
             log.debug("%s failed after its deadline: %s", self._name, error)
-        elif self._late is not None and result is not None:
-            self._late(result)
+        elif self._late is not None:
+            self._late(cast("Result", result))
 
     def _expire(self, seconds: float) -> None:
         done, self._done = self._done, None

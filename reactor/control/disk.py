@@ -141,7 +141,8 @@ class DiskControl:
         if self._resize is not None or self.state != "online":
             done(OSError(errno.EBUSY, f"disk {self.spec.name} is {self.state}"))
             return
-        self._resize = Resize(size, done, self.spec.options.get("size", size))
+        before, shown = self.spec.options.get("size", size), self._shares.geometry.size
+        self._resize = Resize(size, done, before, shown)
         self._wanted_size = size  # no earlier reload undoes it
         self._again(None)
 
@@ -274,7 +275,7 @@ class DiskControl:
         """Go on with a resize that a dead controller began; what it did not cut is not cut."""
         wanted = self.spec.options.get("size", size)
         if wanted > size:
-            self._resize = Resize(wanted, partial(self._report_resize, wanted), size)
+            self._resize = Resize(wanted, partial(self._report_resize, wanted), size, size)
         else:
             self.spec = self.spec.with_size(size)
 

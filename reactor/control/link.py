@@ -132,10 +132,8 @@ class DeviceLink:
 
     def adopt(self, device: Device, spec: DiskSpec) -> None:
         """Take over a device that the kernel still holds; it carried I/O before."""
-        self.device = device
-        self._adopted = True
-        self.probed = True
-        self.fitted = False
+        self.device, self.fitted = device, False
+        self.probed = self._adopted = True
         self._disk = spec.name
         self._dead_timeout = spec.dead_timeout
         self._slots = self._new_slots()
@@ -183,10 +181,8 @@ class DeviceLink:
                 assert error is not None
                 on_failed(error)
                 return
-            self.device = device
-            self._adopted = False
-            self.probed = self.flushed = False
-            self.fitted = True
+            self.device, self.fitted = device, True
+            self.probed = self.flushed = self._adopted = False
             self._slots = slots
             self._hand_over(deliveries)
 
@@ -333,7 +329,11 @@ class DeviceLink:
             ATTACH_SECONDS,
             lambda: device.resize(geometry.size, geometry.block_size),
             lambda _, error: done(error),
+            late=self._resized_late,
         )
+
+    def _resized_late(self, _: None) -> None:
+        self.fitted = False  # the kernel has what was given up
 
     def release(self, device: Device, *, write_back: bool) -> None:
         """Do the next thing on the way to no device."""

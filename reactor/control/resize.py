@@ -18,12 +18,16 @@ class Resize:
     size: int
     done: Done
     before: int  # the size that the spec named
+    shown: int  # ... and that the disk had
     refusal: Exception | None = None  # why the storage kept its size; all must show it again
 
     def geometry(self, shares: Shares) -> Geometry:
         """Return what the kernel may believe in meanwhile: blocks that all have, and will have."""
         common = shares.common_geometry
-        return replace(common, size=min(self.size, common.size))
+        size = min(self.size, common.size)
+        if shares.closed:  # who opens it anew is asked for no more than there was
+            size = min(size, self.shown)
+        return replace(common, size=size)
 
     def begin(
         self,
@@ -66,4 +70,4 @@ class Resize:
         if size >= shares.geometry.size:
             shares.resize(size, grown, refused)
         else:
-            resize_device(cut, finish)
+            resize_device(cut, refused)

@@ -343,6 +343,8 @@ class Shares:
     def found(self, share: Share, report: Mapping[str, Any]) -> None:
         """Take over what a worker says that it has of the disk."""
         self._learn(report)
+        if report["leads"]:  # it is the one that changes the storage
+            self.geometry = replace(self.geometry, size=report["size"])
         share.found(report)
 
     def removed(self, share: Share) -> bool:

@@ -354,7 +354,7 @@ class SimulatedCall:
         done, self._done = self._done, None
         if done is not None:
             done(result, error)
-        elif error is None and result is not None and self._late is not None:
+        elif error is None and self._late is not None:
             self._late(result)
 
     def _expire(self) -> None:

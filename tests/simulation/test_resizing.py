@@ -5,10 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from functools import partial
+from typing import Any
 
 import pytest
 
+from reactor.spec import DiskSpec
+from tests.simulation.devices import NetlinkDevice, Waits
 from tests.simulation.hosts import MIB, Hosts
+from tests.simulation.worker import ServedDisk, Worker
+from tests.simulation.world import NS
 
 
 @pytest.mark.parametrize("core", [0, 1])
@@ -67,4 +73,70 @@ def test_a_refusal_is_told_when_nobody_shows_the_size_that_was_refused(hosts: Ho
         shown = [w.disks["wide"].size for w in hosts.workers() if "wide" in w.disks]
         assert device.size <= min(shown)
     assert shown == [MIB, MIB]
+    assert device.size == MIB
+
+
+def test_the_kernel_believes_in_no_block_that_a_new_worker_does_not_show_yet(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device a worker shows what it is told, however large the device is."""
+    open_it = ServedDisk.__init__
+
+    def open_part(disk: ServedDisk, worker: Worker, spec: DiskSpec, **rest: Any) -> None:
+        open_it(disk, worker, spec, **rest)
+        disk.size = min(disk.size, spec.options["size"])
+
+    monkeypatch.setattr(ServedDisk, "__init__", open_part)
+    controller = hosts.service.controller
+    assert controller is not None
+    status = controller.disk("wide")
+    device = next(d for d in hosts.host.driver.configured() if d.disk == "wide")
+    leader, follower = (hosts.worker(core) for core in status.cores)
+    storage = hosts.host.store.find(status.spec)
+    assert storage is not None
+    storage.size = 4 * MIB
+    follower.send_signal(signal.SIGSTOP)
+    answers: list[Exception | None] = []
+    controller.resize("wide", 2 * MIB, answers.append)
+    hosts.await_true(lambda: leader.worker.disks["wide"].size == 2 * MIB)
+    hosts.let_pass(0.05)
+    follower.send_signal(signal.SIGKILL)
+    hosts.let_pass(20)
+    assert answers == [None]
+    assert device.size == 2 * MIB
+
+
+def test_the_next_controller_learns_the_size_from_who_changes_the_storage(hosts: Hosts) -> None:
+    controller = hosts.service.controller
+    assert controller is not None
+    hosts.configure("wide", options={"size": 2 * MIB})
+    device = next(d for d in hosts.host.driver.configured() if d.disk == "wide")
+    leader, _ = (hosts.worker(core) for core in controller.disk("wide").cores)
+    controller.reload(lambda _: None)
+    hosts.await_true(lambda: leader.worker.disks["wide"].size == 2 * MIB)
+    hosts.service.die()
+    hosts.let_pass(60)
+    assert device.size == 2 * MIB
+    assert {worker.disks["wide"].size for worker in hosts.workers()} == {2 * MIB}
+
+
+def test_a_device_that_takes_its_size_too_late_gets_the_right_one(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel waits for what is in flight, longer than we for the kernel."""
+    resize, began = NetlinkDevice.resize, hosts.world.now
+
+    def resize_late(self: NetlinkDevice, size: int, block_size: int) -> None:
+        if size == MIB // 2 and hosts.world.now - began < 40 * NS:
+            raise Waits(partial(resize_late, self, size, block_size))
+        resize(self, size, block_size)
+
+    monkeypatch.setattr(NetlinkDevice, "resize", resize_late)
+    controller = hosts.service.controller
+    assert controller is not None
+    device = next(d for d in hosts.host.driver.configured() if d.disk == "moves")
+    answers: list[Exception | None] = []
+    controller.resize("moves", MIB // 2, answers.append)
+    hosts.let_pass(60)
+    assert "did not finish" in str(answers)
     assert device.size == MIB
