@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FIRST = int(os.environ.get("NBD_REACTOR_SEED", "0"))
-COUNT = int(os.environ.get("NBD_REACTOR_SIMULATIONS", "3000"))
+COUNT = int(os.environ.get("NBD_REACTOR_SIMULATIONS", "2000"))
 
 
 def simulate(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
