@@ -19,7 +19,7 @@ class Resize:
     done: Done
     before: int  # the size that the spec named
     shown: int  # ... and that the disk had
-    refusal: Exception | None = None  # why the storage kept its size; all must show it again
+    refusal: Exception | None = None  # why nothing changes; all must show their size again
 
     def geometry(self, shares: Shares) -> Geometry:
         """Return what the kernel may believe in meanwhile: blocks that all have, and will have."""
@@ -38,7 +38,7 @@ class Resize:
         refused: Callable[[Exception], None],
         finish: Callable[[Exception | None], None],
     ) -> None:
-        """Change all; `finish(error)` comes then, or `refused` when the storage keeps its size.
+        """Change all; `finish(error)` comes then, or `refused` when storage or device stays as it is.
 
         `keep` is called before the storage is cut and after it has grown: should a worker die in
         the middle, the next one opens what is there, or asks for no more than there was.
