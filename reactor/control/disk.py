@@ -103,8 +103,7 @@ class DiskControl:
         self._shares.listen = spec.listen
         self._host.listens(self, spec.listen)
         if size < shown and size != self.spec.options.get("size", 0):
-            why = "disk %s keeps its %d bytes: a reload does not cut a disk, `resize` does"
-            log.warning(why, self.spec.name, shown)
+            log.warning("disk %s keeps its %d bytes: only `resize` cuts", self.spec.name, shown)
         self.want("stopped" if self.desired == "stopped" else "online")
         self._grow()
 
@@ -316,9 +315,11 @@ class DiskControl:
         return [w for w in self._former.values() if w is not None and w.unknown]
 
     def _learn_made(self) -> None:
-        """Note what its storage has; it is saved before anyone relies on it."""
+        """Note what its storage has, and all show; it is saved before anyone relies on it."""
         if self.rising and self._resize is None and self._shares.opened:
             self._made = self._shares.common_geometry.size or self._made
+            if not (self._shares.closed or self._shares.disagree):
+                self.spec = self.spec.with_size(self._shares.geometry.size)
 
     def _go_on(self) -> None:
         self._saved = self.wish
@@ -427,8 +428,7 @@ class DiskControl:
         try:
             self._host.platform.discard(self.spec.backend, self.spec.name)
         except (OSError, ReactorError) as error:
-            why = f"what disk {self.spec.name} kept cannot be removed: {reason(error)}"
-            log.error("%s", why)
+            log.error(why := f"what disk {self.spec.name} kept cannot be removed: {reason(error)}")
             self._left = OSError(error_number(error), why)
 
     # --- waiting and answering ---

@@ -38,7 +38,7 @@ class Resize:
         refused: Callable[[Exception], None],
         finish: Callable[[Exception | None], None],
     ) -> None:
-        """Change all; `finish(error)` comes then, or `refused` when storage or device stays as it is.
+        """Change all; `finish(error)` comes then, or `refused` when storage or device does not.
 
         `keep` is called before the storage is cut and after it has grown: should a worker die in
         the middle, the next one opens what is there, or asks for no more than there was.

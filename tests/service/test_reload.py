@@ -106,7 +106,7 @@ def test_it_never_cuts_a_disk(service: Start, tmp_path: Path) -> None:
     running = service(config.replace("SIZE", "8MiB"))
     running.config_path.write_text(config.replace("SIZE", "4MiB"))
     running.rpc("reactor_reload")
-    running.await_line("a reload does not cut a disk")
+    running.await_line("only `resize` cuts")
     assert running.await_state("f", "online")["size"] == 8 * MIB
     assert image.stat().st_size == 8 * MIB
 

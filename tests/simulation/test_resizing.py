@@ -76,10 +76,9 @@ def test_a_refusal_is_told_when_nobody_shows_the_size_that_was_refused(hosts: Ho
     assert device.size == MIB
 
 
-def test_the_kernel_believes_in_no_block_that_a_new_worker_does_not_show_yet(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a device a worker shows what it is told, however large the device is."""
+@pytest.fixture
+def on_a_device(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker shows as much of it as it is told, however large it is."""
     open_it = ServedDisk.__init__
 
     def open_part(disk: ServedDisk, worker: Worker, spec: DiskSpec, **rest: Any) -> None:
@@ -89,12 +88,41 @@ def test_the_kernel_believes_in_no_block_that_a_new_worker_does_not_show_yet(
     monkeypatch.setattr(ServedDisk, "__init__", open_part)
     controller = hosts.service.controller
     assert controller is not None
-    status = controller.disk("wide")
-    device = next(d for d in hosts.host.driver.configured() if d.disk == "wide")
-    leader, follower = (hosts.worker(core) for core in status.cores)
-    storage = hosts.host.store.find(status.spec)
+    storage = hosts.host.store.find(controller.disk("wide").spec)
     assert storage is not None
     storage.size = 4 * MIB
+
+
+@pytest.mark.usefixtures("on_a_device")
+@pytest.mark.parametrize("milliseconds", [2, 3, 4])
+@pytest.mark.parametrize("size", [MIB // 2, 2 * MIB], ids=["cut", "grow"])
+def test_what_all_show_is_what_they_are_told_to_open_next(
+    hosts: Hosts, size: int, milliseconds: int
+) -> None:
+    """Who changes the storage dies with the controller, and later all die."""
+    controller = hosts.service.controller
+    assert controller is not None
+    device = next(d for d in hosts.host.driver.configured() if d.disk == "wide")
+    leader, _ = (hosts.worker(core) for core in controller.disk("wide").cores)
+    controller.resize("wide", size, lambda _: None)
+    hosts.let_pass(milliseconds / 1000)
+    leader.send_signal(signal.SIGKILL)
+    hosts.service.die()
+    hosts.let_pass(40)
+    shown = device.size
+    for core in (0, 1):
+        hosts.worker(core).send_signal(signal.SIGKILL)
+    hosts.let_pass(30)
+    assert hosts.states()["wide"] == "online"
+    assert device.size == shown
+
+
+@pytest.mark.usefixtures("on_a_device")
+def test_the_kernel_believes_in_no_block_that_a_new_worker_does_not_show_yet(hosts: Hosts) -> None:
+    controller = hosts.service.controller
+    assert controller is not None
+    device = next(d for d in hosts.host.driver.configured() if d.disk == "wide")
+    leader, follower = (hosts.worker(core) for core in controller.disk("wide").cores)
     follower.send_signal(signal.SIGSTOP)
     answers: list[Exception | None] = []
     controller.resize("wide", 2 * MIB, answers.append)
