@@ -267,7 +267,8 @@ def test_disks_that_are_not_online_are_told_with_the_reason(
 @pytest.mark.parametrize(
     ("disks", "seconds"),
     [
-        ([], 0),
+        ([], 600),
+        ([(None, 30)], 600),
         ([("/dev/nbd0", 600), ("/dev/nbd1", 30)], 30),
         ([("/dev/nbd0", 600), (None, 30)], 600),
         ([("/dev/nbd0", None)], 0),

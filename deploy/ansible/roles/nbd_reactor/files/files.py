@@ -85,7 +85,8 @@ def restore() -> list[str] | None:
     That it runs with it again is not sure: `untaken`, until it is `taken`.
     """
     all_noted, _ = notes()
-    note(all_noted, [*all_noted])
+    with contextlib.suppress(OSError):  # without room for it, to go back is what counts
+        note(all_noted, [*all_noted])
     changed = []
     for name, noted in all_noted.items():
         path = Path(name)

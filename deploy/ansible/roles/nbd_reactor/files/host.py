@@ -37,6 +37,7 @@ FSTAB = Path("/etc/fstab")
 IMAGES = Path("/var/lib/nbd-reactor")  # the unit's StateDirectory=
 MEMORY = Path("/dev/shm")
 NAMES = Path("/dev/disk/by-nbd")
+NO_DEVICE_SECONDS = 600  # nothing waits
 PARSER = """\
 import json, sys, yaml
 config = yaml.load(sys.stdin, yaml.BaseLoader)
@@ -94,7 +95,7 @@ def preflight(devices: str, directories: str) -> dict[str, object]:
     problems += [
         f"{directory} is a symbolic link to {real}, and what is mounted there may come after the"
         f" service, which does not know: name {real} itself"
-        for directory in json.loads(directories)
+        for directory in [str(IMAGES), *json.loads(directories)]
         if (real := os.path.realpath(directory)) != directory
     ]
     return {"python": version, "problems": problems}
@@ -116,7 +117,8 @@ def patience() -> int:
         disks = listed()
     except OSError:
         return 0
-    return min((disk.get("dead_timeout", 0) for disk in disks if disk["device"]), default=0)
+    waits = (disk.get("dead_timeout", 0) for disk in disks if disk["device"])
+    return min(waits, default=NO_DEVICE_SECONDS)
 
 
 def online(seconds: str, disks: str, which: str) -> list[str]:
@@ -147,7 +149,8 @@ def offline(disks: list[str]) -> list[str]:
 
 def listed() -> list[dict[str, Any]]:
     """Return what the service says of its disks; raises OSError when it does not."""
-    done = subprocess.run([CLIENT, "--json", "list"], capture_output=True, check=False)
+    command = [CLIENT, "--timeout", "10", "--json", "list"]
+    done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode != 0:
         raise OSError(done.stderr.decode(errors="replace").strip())
     return list(json.loads(done.stdout))
