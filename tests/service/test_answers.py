@@ -66,6 +66,9 @@ def test_a_stop_that_was_overtaken_by_a_start_says_so(
     starting = ask(running, "reactor_start_disk", name="a")
     assert "error" not in starting.result()
     check_overtaken(stopping.result(), "started")
+    # The start may have come before the worker was told to stop: then it is found hung later.
+    running.await_true(lambda: not worker.is_running())
+    running.await_state("a", "online")
     nbdsh(tmp_path, "a", "h.pwrite(b's' * 4096, 0)")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -172,12 +173,15 @@ def test_one_that_hangs_is_replaced_by_who_waits_no_longer(
 
 
 def test_one_that_never_starts_is_awaited_once(
-    asked: DeviceIO, monkeypatch: pytest.MonkeyPatch
+    asked: DeviceIO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(silent))
     monkeypatch.setattr(apart, "START_SECONDS", 0.5)
     asked.start()
     (process,) = psutil.Process().children()
-    process.suspend()
     began = time.monotonic()
     for _ in range(20):
         with pytest.raises(TimeoutError):
