@@ -54,6 +54,7 @@ echo this release is broken
 {end}
 """
 ENDS = {"exits": "exit 1", "hangs": "trap '' TERM USR1; exec sleep 900"}
+STATUS = "nbd-reactorctl status | head -n 1"
 CONTENT = "find /etc /opt -type f -exec sha256sum {} + ; find /etc /opt -type l -printf '%p %l\\n'"
 
 
@@ -138,6 +139,13 @@ def test_bad_disks_are_refused_before_anything_changes(
     bad = {**DISKS, "raw": {**DISKS["raw"], "size": "32 apples"}}
     said = operator.play("install", fails=True, nbd_reactor_disks=bad)
     assert "disks.raw.size" in said
+    assert machine.run(CONTENT) == before
+
+
+@LONG
+@EXTENDED
+def test_a_disk_that_is_mounted_is_not_taken_out(operator: Operator, machine: Machine) -> None:
+    before = machine.run(CONTENT)
     said = operator.play("install", fails=True, nbd_reactor_disks={"raw": DISKS["raw"]})
     assert f"mounted at {MOUNT}" in said
     assert machine.run(CONTENT) == before
@@ -214,7 +222,7 @@ def test_a_host_without_one_of_its_disks_is_not_upgraded(
         "upgrade", fails=True, nbd_reactor_wheel=str(operator.new), nbd_reactor_online_seconds=4
     )
     assert "Not online after 4 s: raw (gone)." in said
-    assert "nbd-reactor 1.0.1" in machine.run("nbd-reactorctl status | head -n 1")
+    assert "nbd-reactor 1.0.1" in machine.run(STATUS)
     machine.run("systemctl reload nbd-reactor")
     machine.await_success("test -e /dev/disk/by-nbd/raw")
 
@@ -233,14 +241,19 @@ def load(machine: Machine) -> Iterator[None]:
 
 
 @LONG
-def test_upgrade_and_way_back_under_load(operator: Operator, machine: Machine, load: None) -> None:
-    running = "nbd-reactorctl status | head -n 1"
-    old = machine.run("basename $(readlink /opt/nbd-reactor/current)")
-    assert old.startswith("1.0.1-")
+def test_upgrade_under_load(operator: Operator, machine: Machine, load: None) -> None:
+    assert "nbd-reactor 1.0.1" in machine.run(STATUS)
     operator.play("upgrade", nbd_reactor_wheel=str(operator.new))
-    assert "nbd-reactor 1.0.2" in machine.run(running)
-    operator.play("upgrade", "-e", f"nbd_reactor_release={old}")
-    assert "nbd-reactor 1.0.1" in machine.run(running)
+    assert "nbd-reactor 1.0.2" in machine.run(STATUS)
+    assert machine.run("systemctl is-active load") == "active"
+
+
+@LONG
+@EXTENDED
+def test_way_back_under_load(operator: Operator, machine: Machine, load: None) -> None:
+    (old,) = machine.run("ls -d /opt/nbd-reactor/releases/1.0.1-*").split()
+    operator.play("upgrade", "-e", f"nbd_reactor_release={Path(old).name}")
+    assert "nbd-reactor 1.0.1" in machine.run(STATUS)
     assert machine.run("systemctl is-active load") == "active"
 
 
@@ -265,7 +278,7 @@ def test_a_release_that_does_not_start_gives_way_to_the_one_before(
     assert "this release is broken" in said
     assert ("It was not ready after 60 s." in said) == (end == ENDS["hangs"])
     assert machine.run(CONTENT) == before
-    assert "nbd-reactor 1.0.1" in machine.run("nbd-reactorctl status | head -n 1")
+    assert "nbd-reactor 1.0.1" in machine.run(STATUS)
     machine.run(f"rm -r {broken}")
     assert changes(operator.play("install")) == 0
 
@@ -307,4 +320,9 @@ def test_removal_is_refused_in_use_and_leaves_nothing(
     machine.run("! test -e /root/.cache/pip")
     left = set(machine.run(LISTING).splitlines()) - set(bare.splitlines())
     assert not left
+
+
+@LONG
+@EXTENDED
+def test_where_nothing_is_left_nothing_is_removed(operator: Operator) -> None:
     assert changes(operator.play("uninstall", nbd_reactor_remove_images=True)) == 0
