@@ -107,8 +107,8 @@ class DiskSpec:
         return replace(self, device=device)
 
     def with_size(self, size: int) -> DiskSpec:
-        """Return the same disk with another size, if it names one."""
-        if "size" not in self.options:
+        """Return the same disk with another size, if it names one that is another."""
+        if self.options.get("size", size) == size:
             return self
         return replace(self, options={**self.options, "size": size})
 

@@ -10,18 +10,31 @@ from typing import Any
 
 import pytest
 
+from reactor.control.controller import Controller
 from reactor.spec import DiskSpec
 from tests.simulation.devices import NetlinkDevice, Waits
 from tests.simulation.hosts import MIB, Hosts
+from tests.simulation.kernel import KernelDevice
 from tests.simulation.worker import ServedDisk, Worker
 from tests.simulation.world import NS
 
 
+@pytest.fixture
+def controller(hosts: Hosts) -> Controller:
+    """The controller that runs, until it dies."""
+    assert hosts.service.controller is not None
+    return hosts.service.controller
+
+
+def device_of(hosts: Hosts, disk: str) -> KernelDevice:
+    return next(device for device in hosts.host.driver.configured() if device.disk == disk)
+
+
 @pytest.mark.parametrize("core", [0, 1])
-def test_the_kernel_believes_in_no_block_that_is_to_go(hosts: Hosts, core: int) -> None:
-    controller = hosts.service.controller
-    assert controller is not None
-    device = next(d for d in hosts.host.driver.configured() if d.disk == "wide")
+def test_the_kernel_believes_in_no_block_that_is_to_go(
+    hosts: Hosts, controller: Controller, core: int
+) -> None:
+    device = device_of(hosts, "wide")
     hosts.worker(core).send_signal(signal.SIGSTOP)
     answers: list[Exception | None] = []
     controller.resize("wide", MIB // 2, answers.append)
@@ -36,10 +49,8 @@ def test_the_kernel_believes_in_no_block_that_is_to_go(hosts: Hosts, core: int) 
 
 @pytest.mark.parametrize("both", [False, True], ids=["worker", "both"])
 def test_what_cannot_grow_serves_on_should_its_worker_die_before_it_says_so(
-    hosts: Hosts, *, both: bool
+    hosts: Hosts, controller: Controller, *, both: bool
 ) -> None:
-    controller = hosts.service.controller
-    assert controller is not None
     hosts.host.store.sizes_max["moves"] = MIB
     hosts.worker(1).send_signal(signal.SIGSTOP)
     answers: list[Exception | None] = []
@@ -53,11 +64,11 @@ def test_what_cannot_grow_serves_on_should_its_worker_die_before_it_says_so(
     assert both or str(answers) == str([OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
 
 
-def test_a_refusal_is_told_when_nobody_shows_the_size_that_was_refused(hosts: Hosts) -> None:
+def test_a_refusal_is_told_when_nobody_shows_the_size_that_was_refused(
+    hosts: Hosts, controller: Controller
+) -> None:
     """The follower had it already, and is silent when the leader refuses."""
-    controller = hosts.service.controller
-    assert controller is not None
-    device = next(d for d in hosts.host.driver.configured() if d.disk == "wide")
+    device = device_of(hosts, "wide")
     leader, follower = (hosts.worker(core) for core in controller.disk("wide").cores)
     leader.send_signal(signal.SIGSTOP)
     answers: list[Exception | None] = []
@@ -77,7 +88,7 @@ def test_a_refusal_is_told_when_nobody_shows_the_size_that_was_refused(hosts: Ho
 
 
 @pytest.fixture
-def on_a_device(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_a_device(hosts: Hosts, controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker shows as much of it as it is told, however large it is."""
     open_it = ServedDisk.__init__
 
@@ -86,8 +97,6 @@ def on_a_device(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
         disk.size = min(disk.size, spec.options["size"])
 
     monkeypatch.setattr(ServedDisk, "__init__", open_part)
-    controller = hosts.service.controller
-    assert controller is not None
     storage = hosts.host.store.find(controller.disk("wide").spec)
     assert storage is not None
     storage.size = 4 * MIB
@@ -97,12 +106,10 @@ def on_a_device(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("milliseconds", [2, 3, 4])
 @pytest.mark.parametrize("size", [MIB // 2, 2 * MIB], ids=["cut", "grow"])
 def test_what_all_show_is_what_they_are_told_to_open_next(
-    hosts: Hosts, size: int, milliseconds: int
+    hosts: Hosts, controller: Controller, size: int, milliseconds: int
 ) -> None:
     """Who changes the storage dies with the controller, and later all die."""
-    controller = hosts.service.controller
-    assert controller is not None
-    device = next(d for d in hosts.host.driver.configured() if d.disk == "wide")
+    device = device_of(hosts, "wide")
     leader, _ = (hosts.worker(core) for core in controller.disk("wide").cores)
     controller.resize("wide", size, lambda _: None)
     hosts.let_pass(milliseconds / 1000)
@@ -118,10 +125,10 @@ def test_what_all_show_is_what_they_are_told_to_open_next(
 
 
 @pytest.mark.usefixtures("on_a_device")
-def test_the_kernel_believes_in_no_block_that_a_new_worker_does_not_show_yet(hosts: Hosts) -> None:
-    controller = hosts.service.controller
-    assert controller is not None
-    device = next(d for d in hosts.host.driver.configured() if d.disk == "wide")
+def test_the_kernel_believes_in_no_block_that_a_new_worker_does_not_show_yet(
+    hosts: Hosts, controller: Controller
+) -> None:
+    device = device_of(hosts, "wide")
     leader, follower = (hosts.worker(core) for core in controller.disk("wide").cores)
     follower.send_signal(signal.SIGSTOP)
     answers: list[Exception | None] = []
@@ -134,11 +141,11 @@ def test_the_kernel_believes_in_no_block_that_a_new_worker_does_not_show_yet(hos
     assert device.size == 2 * MIB
 
 
-def test_the_next_controller_learns_the_size_from_who_changes_the_storage(hosts: Hosts) -> None:
-    controller = hosts.service.controller
-    assert controller is not None
+def test_the_next_controller_learns_the_size_from_who_changes_the_storage(
+    hosts: Hosts, controller: Controller
+) -> None:
     hosts.configure("wide", options={"size": 2 * MIB})
-    device = next(d for d in hosts.host.driver.configured() if d.disk == "wide")
+    device = device_of(hosts, "wide")
     leader, _ = (hosts.worker(core) for core in controller.disk("wide").cores)
     controller.reload(lambda _: None)
     hosts.await_true(lambda: leader.worker.disks["wide"].size == 2 * MIB)
@@ -149,7 +156,7 @@ def test_the_next_controller_learns_the_size_from_who_changes_the_storage(hosts:
 
 
 def test_a_device_that_takes_its_size_too_late_gets_the_right_one(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+    hosts: Hosts, controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel waits for what is in flight, longer than we for the kernel."""
     resize, began = NetlinkDevice.resize, hosts.world.now
@@ -160,9 +167,7 @@ def test_a_device_that_takes_its_size_too_late_gets_the_right_one(
         resize(self, size, block_size)
 
     monkeypatch.setattr(NetlinkDevice, "resize", resize_late)
-    controller = hosts.service.controller
-    assert controller is not None
-    device = next(d for d in hosts.host.driver.configured() if d.disk == "moves")
+    device = device_of(hosts, "moves")
     answers: list[Exception | None] = []
     controller.resize("moves", MIB // 2, answers.append)
     hosts.let_pass(60)
