@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -160,6 +162,29 @@ def test_a_full_file_system_leaves_the_old_state(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         replace_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_without_descriptors_the_old_state_stays(tmp_path: Path, spare: int) -> None:
+    path = tmp_path / "state"
+    replace_file(path, b"old")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open(tmp_path, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 16, before[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(taken[0]))
+        for _ in range(spare):
+            os.close(taken.pop())
+        with pytest.raises(OSError, match="Too many open files"):
+            replace_file(path, b"new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for each in taken:
+            os.close(each)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
