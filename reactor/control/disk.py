@@ -137,8 +137,9 @@ class DiskControl:
 
     def resize(self, size: int, done: Done) -> None:
         """Change the size of the disk and of its device."""
-        if self._resize is not None or self.state != "online":
-            done(OSError(errno.EBUSY, f"disk {self.spec.name} is {self.state}"))
+        now = self.state if self._resize is None else "being resized"
+        if now != "online":
+            done(OSError(errno.EBUSY, f"disk {self.spec.name} is {now}"))
             return
         before, shown = self.spec.options.get("size", size), self._shares.geometry.size
         self._resize = Resize(size, done, before, shown)
@@ -193,13 +194,12 @@ class DiskControl:
 
     def status(self) -> DiskStatus:
         """Return what front ends show."""
-        cores, geometry = self._shares.cores, self._shares.geometry
+        geometry = self._shares.geometry
         return DiskStatus(
             spec=self.spec,
             state=self.state,
             reason=self._reason(),
-            core=cores[0],
-            cores=cores,
+            cores=self._shares.cores,
             size=geometry.size,
             block_size=geometry.block_size,
             flags=geometry.flags,

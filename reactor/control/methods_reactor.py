@@ -114,7 +114,7 @@ def _disk(disk: DiskStatus, pids: dict[int, int | None]) -> dict[str, Any]:
         "reason": disk.reason,
         "core": disk.core,
         "cores": list(disk.cores),
-        "pid": pids.get(disk.core) if disk.core is not None else None,
+        "pid": pids.get(disk.core),
         "size": disk.size,
         "block_size": disk.block_size,
         "readonly": disk.spec.readonly or bool(disk.flags & NBD_FLAG_READ_ONLY),

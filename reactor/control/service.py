@@ -28,13 +28,17 @@ class DiskStatus:
     spec: DiskSpec
     state: DiskState
     reason: str  # "" while all is well
-    core: int | None  # of the worker that owns it and serves its listeners
+    cores: tuple[int, ...]  # of all workers that serve it, the owner's first
     size: int
     block_size: int
     flags: int  # transmission flags
     device: str | None  # the device really attached
     statistics: Mapping[str, int] = field(default_factory=dict)  # as the workers count them
-    cores: tuple[int, ...] = ()  # of all workers that serve it, the owner's first
+
+    @property
+    def core(self) -> int:
+        """Of the worker that owns it and serves its listeners."""
+        return self.cores[0]
 
 
 @dataclass(frozen=True, slots=True)

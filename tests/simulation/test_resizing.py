@@ -47,6 +47,17 @@ def test_the_kernel_believes_in_no_block_that_is_to_go(
     assert {worker.disks["wide"].size for worker in hosts.workers()} == {MIB // 2}
 
 
+def test_a_resize_in_the_middle_of_another_is_told_why_not(
+    hosts: Hosts, controller: Controller
+) -> None:
+    answers: list[Exception | None] = []
+    controller.resize("wide", 2 * MIB, answers.append)
+    controller.resize("wide", 3 * MIB, answers.append)
+    assert str(answers) == str([OSError(errno.EBUSY, "disk wide is being resized")])
+    hosts.let_pass(1)
+    assert answers[1:] == [None]
+
+
 @pytest.mark.parametrize("both", [False, True], ids=["worker", "both"])
 def test_what_cannot_grow_serves_on_should_its_worker_die_before_it_says_so(
     hosts: Hosts, controller: Controller, *, both: bool

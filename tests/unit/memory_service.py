@@ -53,7 +53,7 @@ class MemoryService:
                 flags |= NBD_FLAG_READ_ONLY
             counters = {"reads": 3, "read_bytes": 12288, "connections": 1}
             self._disks[spec.name] = DiskStatus(
-                spec, "online", "", 0, size, spec.block_size or 512, flags, None, counters, (0,)
+                spec, "online", "", (0,), size, spec.block_size or 512, flags, None, counters
             )
 
         self._later("create", create, done)
