@@ -119,7 +119,13 @@ class Configured:
         return place_anyhow(spec, beside, machine)
 
     def grown(self, disk: DiskControl) -> None:
-        """Note that a disk has the size that the config says."""
+        """Note that a disk has grown; the config may say more by now."""
+        spec = self._growing.get(disk.spec.name)
+        if spec is not None and spec.options.get("size", 0) <= disk.spec.options.get("size", 0):
+            self.overruled(disk)
+
+    def overruled(self, disk: DiskControl) -> None:
+        """Note that a disk needs the size no more that the config says."""
         spec = self._growing.pop(disk.spec.name, None)
         if spec is not None:
             self.note(spec.name, spec)
@@ -129,11 +135,11 @@ class Configured:
         spec = self._growing.get(disk.spec.name)
         if spec is not None:
             disk.spec = disk.spec.with_size(spec.options.get("size", 0))
-            self.grown(disk)
+            self.overruled(disk)
 
     def removed(self, disk: DiskControl) -> None:
         """Note that a disk goes, whatever the config said of it."""
-        self.grown(disk)
+        self.overruled(disk)
         self.successors.pop(disk.spec.name, None)
 
     def is_succeeded(self, disk: DiskControl) -> bool:
@@ -174,7 +180,7 @@ class Configured:
             self._growing[name] = spec
             self.note(name, spec.with_size(disk.spec.options.get("size", 0)))
             if wanted.options.get("size", 0) <= disk.spec.options.get("size", 0):
-                self.grown(disk)
+                self.overruled(disk)
             disk.change(wanted)
 
     def _wanted(self, disk: DiskControl, spec: DiskSpec) -> DiskSpec:

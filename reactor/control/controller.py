@@ -79,7 +79,7 @@ class Controller:
             lambda: self._holding,
             self._neighbours.rivals.listens,
             self._neighbours.hindrance,
-            self._attach_hindrance,
+            lambda disk: self._neighbours.attach_hindrance(disk, self._left_devices.disks),
             self._configured.is_succeeded,
         )
         self._left_devices = LeftDevices(platform, self._neighbours.wake)
@@ -219,8 +219,12 @@ class Controller:
         """Change a disk's size and tell the kernel."""
         disk = self._named(name, done)
         if disk is not None:
-            self._configured.grown(disk)  # or a size that the config has would come back
-            disk.resize(size, self._when_saved(done))
+            try:
+                disk.resize(size, self._when_saved(done))
+            except OSError as error:
+                done(error)
+                return
+            self._configured.overruled(disk)  # or a size that the config has would come back
 
     def attach(
         self, name: str, device: str | None, done: Callable[[str | Exception], None]
@@ -381,9 +385,6 @@ class Controller:
         added = self._add(wish, known=same and disk.has_storage)
         self._saving.soon(added.step)
 
-    def _attach_hindrance(self, disk: DiskControl) -> str:
-        return self._neighbours.attach_hindrance(disk, self._left_devices.disks)
-
     def _report_ready(self) -> None:
         if self._stopping or not self._workforce.up or (self.ready and not self._reloading):
             return
@@ -462,9 +463,8 @@ class Controller:
 
     def _save(self) -> None:
         """Keep what should be, for the next controller; called before anything is done for it."""
-        if not (
-            self._stopping or self._holding
-        ):  # those that are stopped now come back, should this process die
+        # Those that are stopped now come back, should this process die.
+        if not (self._stopping or self._holding):
             self._saving.save(self._state())
 
     def _state(self) -> SavedState:

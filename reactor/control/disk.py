@@ -115,10 +115,7 @@ class DiskControl:
         self._again(None)
 
     def _report_resize(self, size: int, error: Exception | None) -> None:
-        if isinstance(error, OSError) and error.errno == errno.EBUSY and self.rising:
-            # It is not online yet, or another resize is under way; the newest config counts.
-            self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, self._grow)
-        elif error is None or self.spec.options.get("size", 0) == size:
+        if error is None or self.spec.options.get("size", 0) == size:
             self._host.on_grown(self)  # if not yet the device, which is told as soon as it can be
         else:
             log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
@@ -126,8 +123,12 @@ class DiskControl:
     def _grow(self) -> None:
         size = self._wanted_size
         other_size = size != self.spec.options.get("size", 0)
-        if self.rising and other_size and size >= self._shares.geometry.size:
+        if not self.rising or not other_size or size < self._shares.geometry.size:
+            return
+        try:
             self.resize(size, partial(self._report_resize, size))
+        except OSError:  # not yet; the newest config counts then
+            self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, self._grow)
 
     def detach(self, done: Done) -> None:
         """Give up the device; the disk stays."""
@@ -136,11 +137,10 @@ class DiskControl:
         self._again(done)
 
     def resize(self, size: int, done: Done) -> None:
-        """Change the size of the disk and of its device."""
+        """Change the size of the disk and of its device; raises OSError EBUSY if not now."""
         now = self.state if self._resize is None else "being resized"
         if now != "online":
-            done(OSError(errno.EBUSY, f"disk {self.spec.name} is {now}"))
-            return
+            raise OSError(errno.EBUSY, f"disk {self.spec.name} is {now}")
         before, shown = self.spec.options.get("size", size), self._shares.geometry.size
         self._resize = Resize(size, done, before, shown)
         self._wanted_size = size  # no earlier reload undoes it
@@ -325,11 +325,6 @@ class DiskControl:
         self._saved = self.wish
         self.step()
 
-    def _save(self) -> None:
-        if self._saved != self.wish:
-            self._saved = self.wish
-            self._host.save()
-
     # --- rising ---
 
     def _rise(self) -> None:
@@ -370,10 +365,15 @@ class DiskControl:
             self._link.attach(self.spec, self._shares.common_geometry, failed)
 
     def _resize_step(self, resize: Resize) -> None:
-        def keep() -> None:
+        def keep(then: Callable[[], None]) -> None:
+            if not self.rising:  # nor may it be saved any more
+                refused(self.failure or OSError(errno.ECANCELED, "the disk is stopped"))
+                return
             self.spec = self.spec.with_size(resize.size)
             self._made = min(self._made, resize.size)
-            self._save()
+            self._saved = self.wish
+            self._host.save()
+            then()
 
         def refused(error: Exception) -> None:
             self.spec, self._link.fitted = self.spec.with_size(resize.before), False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Final, TypeAlias
@@ -12,7 +11,7 @@ from reactor.attach.device import Device
 from reactor.control.errand import Errand
 from reactor.control.platform import Platform
 from reactor.control.shares import ANSWER_SECONDS, DRAIN_SECONDS, Geometry, Share
-from reactor.control.slots import Delivery, Slot, drop, server
+from reactor.control.slots import Delivery, Ends, Slot, drop, server, socket_pairs
 from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess
 from reactor.errors import DeviceError, is_shortage, reason
@@ -334,6 +333,8 @@ class DeviceLink:
 
     def _resized_late(self, _: None) -> None:
         self.fitted = False  # the kernel has what was given up
+        if not self._errand.busy():
+            self._errand.pause(0)
 
     def release(self, device: Device, *, write_back: bool) -> None:
         """Do the next thing on the way to no device."""
@@ -460,25 +461,11 @@ class DeviceLink:
     def _order(self, place: int) -> tuple[bool, int]:
         return not server(self._shares, place).opened, place
 
-    def _socket_pairs(
-        self, slots: Sequence[Slot]
-    ) -> tuple[list[socket.socket], list[Delivery]] | None:
-        """Return the kernel's end for each slot, and the worker's end on its way to its worker.
-
-        None: there are none to be had now. That is tried again later, or was too often.
-        """
-        kernel_ends: list[socket.socket] = []
-        deliveries: list[Delivery] = []
+    def _socket_pairs(self, slots: Sequence[Slot]) -> Ends | None:
+        """Return new sockets; None: that is tried again later, or was too often."""
         try:
-            for slot in slots:
-                kernel_end, worker_end = self._platform.socket_pair()
-                share = server(self._shares, slot.place)
-                kernel_ends.append(kernel_end)
-                deliveries.append(Delivery(slot, share, share.worker.pid, worker_end))
+            ends = socket_pairs(self._platform, self._shares, slots)
         except OSError as error:
-            for end in kernel_ends:
-                end.close()
-            drop(deliveries)
             log.warning("disk %s: no socket for a device: %s", self._disk, reason(error))
             self._tries_for_sockets += 1
             if self._tries_for_sockets > SOCKET_TRIES:
@@ -487,7 +474,7 @@ class DeviceLink:
                 self._errand.pause(SHORTAGE_SECONDS)
             return None
         self._tries_for_sockets = 0
-        return kernel_ends, deliveries
+        return ends
 
     def _detach_late(self, device: Device) -> None:
         """Undo an attach that came through after its deadline."""

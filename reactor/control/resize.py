@@ -34,14 +34,14 @@ class Resize:
         link: DeviceLink,
         shares: Shares,
         *,
-        keep: Callable[[], None],
+        keep: Callable[[Callable[[], None]], None],
         refused: Callable[[Exception], None],
         finish: Callable[[Exception | None], None],
     ) -> None:
         """Change all; `finish(error)` comes then, or `refused` when storage or device does not.
 
-        `keep` is called before the storage is cut and after it has grown: should a worker die in
-        the middle, the next one opens what is there, or asks for no more than there was.
+        `keep(then)` is called before the storage is cut and after it has grown: should a worker
+        die in the middle, the next one opens what is there, or asks for no more than there was.
         """
         device, size = link.device, self.size
 
@@ -55,12 +55,10 @@ class Resize:
             )
 
         def grown() -> None:
-            keep()
-            resize_device(lambda: finish(None), told_later)
+            keep(lambda: resize_device(lambda: finish(None), told_later))
 
         def cut() -> None:
-            keep()
-            shares.resize(size, lambda: finish(None), refused)
+            keep(lambda: shares.resize(size, lambda: finish(None), refused))
 
         def told_later(error: Exception) -> None:
             why = f"the disk has its new size, but its device not yet: {reason(error)}"

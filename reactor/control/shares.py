@@ -245,6 +245,7 @@ class Shares:
     ) -> None:
         """Change the disk's size, one after the other, so that none has blocks that are not there.
 
+        If one has lost the disk meanwhile nothing comes: it opens it first, and all begins anew.
         On a failure `on_refused` comes instead of `then`; the size is what it was before.
         """
         self._on_refused = on_refused
@@ -258,6 +259,8 @@ class Shares:
             then()
             return
         share, *others = shares
+        if not share.opened:
+            return
         leads = not self._follows(share)
 
         def resized(_worker: WorkerProcess, message: Message) -> None:

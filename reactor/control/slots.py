@@ -5,8 +5,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
+from reactor.control.platform import Platform
 from reactor.control.shares import Share
+
+Ends: TypeAlias = "tuple[list[socket.socket], list[Delivery]]"  # the kernel's, and the workers'
 
 
 @dataclass(slots=True)
@@ -36,6 +40,27 @@ def server(shares: Sequence[Share], place: int) -> Share:
         return own
     others = [share for share in dict.fromkeys(shares) if not share.given_up]
     return others[place % len(others)] if others else own
+
+
+def socket_pairs(platform: Platform, shares: Sequence[Share], slots: Sequence[Slot]) -> Ends:
+    """Return the kernel's end for each slot, and the worker's end on its way to its worker.
+
+    Raises OSError when there are none to be had now.
+    """
+    kernel_ends: list[socket.socket] = []
+    deliveries: list[Delivery] = []
+    try:
+        for slot in slots:
+            kernel_end, worker_end = platform.socket_pair()
+            share = server(shares, slot.place)
+            kernel_ends.append(kernel_end)
+            deliveries.append(Delivery(slot, share, share.worker.pid, worker_end))
+    except OSError:
+        for end in kernel_ends:
+            end.close()
+        drop(deliveries)
+        raise
+    return kernel_ends, deliveries
 
 
 def drop(deliveries: Sequence[Delivery]) -> None:

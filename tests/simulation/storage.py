@@ -93,8 +93,8 @@ class Store:
                 raise OSError(errno.ENOENT, "no such file, and no size to create it")
             self._check_new(spec.name, key, least)
             storage = self._storages[key] = Storage(key, size)
-        if storage.cut_from:
-            self._check_cut(storage, spec.name, least)
+        if spec.backend != "null":
+            self._check_size(storage, spec.name, least)
         mark = spec.name if shared else None
         for other, mark_of_other in storage.openers.items():
             if other is not process and (mark is None or mark != mark_of_other):
@@ -124,11 +124,12 @@ class Store:
         if self.lost.pop(key, None) is not None:
             self.on_made_anew(disk)
 
-    def _check_cut(self, storage: Storage, disk: str, least: int) -> None:
+    def _check_size(self, storage: Storage, disk: str, least: int) -> None:
         if storage.size < least:
-            self._causes.strike(disk, LOST)
+            if storage.cut_from:
+                self._causes.strike(disk, LOST)
             raise OSError(errno.EINVAL, LOST)
-        if not least and storage.key in self.relied_on:
+        if storage.cut_from and not least and storage.key in self.relied_on:
             self._world.violate(f"{storage}, which was cut, grows under disk {disk}")
 
     def lose(self, storage: Storage) -> None:

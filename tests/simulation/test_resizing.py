@@ -113,6 +113,91 @@ def on_a_device(hosts: Hosts, controller: Controller, monkeypatch: pytest.Monkey
     storage.size = 4 * MIB
 
 
+@pytest.mark.parametrize("disk", ["moves", "wide"])
+@pytest.mark.parametrize("milliseconds", [0, 1])
+def test_a_service_that_stops_cuts_no_storage_whose_size_it_saves_no_more(
+    hosts: Hosts, controller: Controller, disk: str, milliseconds: int
+) -> None:
+    hosts.service.change(on_exit="keep")
+    answers: list[Exception | None] = []
+    controller.resize(disk, MIB // 2, answers.append)
+    hosts.let_pass(milliseconds / 1000)
+    assert not answers
+    controller.shut_down(keep=True)
+    hosts.let_pass(60)
+    assert hosts.states()[disk] == "online"
+    assert isinstance(answers[0], OSError)
+    assert answers[0].errno == errno.ESHUTDOWN
+
+
+@pytest.mark.usefixtures("on_a_device")
+@pytest.mark.parametrize("milliseconds", [0, 2, 10])
+def test_a_service_that_stops_tells_the_kernel_of_no_block_that_is_not_saved(
+    hosts: Hosts, controller: Controller, milliseconds: int
+) -> None:
+    hosts.service.change(on_exit="keep")
+    device = device_of(hosts, "wide")
+    controller.resize("wide", 2 * MIB, lambda _: None)
+    hosts.let_pass(milliseconds / 1000)
+    controller.shut_down(keep=True)
+    sizes = [device.size]
+    for _ in range(600):
+        hosts.let_pass(0.1)
+        sizes.append(device.size)
+    assert sizes == sorted(sizes)
+    assert hosts.states()["wide"] == "online"
+
+
+def test_what_the_config_says_last_is_not_forgotten_when_a_size_before_is_reached(
+    hosts: Hosts, controller: Controller
+) -> None:
+    device = device_of(hosts, "moves")
+    for size in (5 * MIB, 8 * MIB):
+        hosts.configure("moves", options={"size": size})
+        controller.reload(lambda _: None)
+    hosts.await_true(lambda: device.size == 5 * MIB)
+    hosts.service.die()
+    hosts.let_pass(30)
+    assert device.size == 8 * MIB
+
+
+def test_what_the_config_says_is_not_forgotten_for_a_resize_that_is_refused(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.configure("moves", options={"size": 8 * MIB})
+    answers: list[Exception | None] = []
+    controller.reload(lambda _: None)
+    controller.resize("moves", 6 * MIB, answers.append)
+    assert str(answers) == str([OSError(errno.EBUSY, "disk moves is being resized")])
+    hosts.service.die()
+    hosts.let_pass(30)
+    assert device_of(hosts, "moves").size == 8 * MIB
+
+
+@pytest.mark.parametrize("size", [MIB // 2, 2 * MIB], ids=["cut", "grow"])
+def test_who_died_and_is_back_opens_the_disk_before_it_is_resized_there(
+    hosts: Hosts, controller: Controller, size: int
+) -> None:
+    """The one that is asked first takes its time, and the other dies meanwhile."""
+    leader, follower = controller.disk("wide").cores
+    first, second = (follower, leader) if size < MIB else (leader, follower)
+    slow = hosts.worker(first)
+    slow.send_signal(signal.SIGSTOP)
+    answers: list[Exception | None] = []
+    controller.resize("wide", size, answers.append)
+    hosts.let_pass(0.2)
+    hosts.worker(second).send_signal(signal.SIGKILL)
+    hosts.let_pass(1)
+    hosts.await_true(lambda: second in hosts.host.core_locks)
+    hosts.let_pass(0.5)
+    again = hosts.worker(second)
+    slow.send_signal(signal.SIGCONT)
+    hosts.let_pass(20)
+    assert answers == [None]
+    assert (hosts.worker(first), hosts.worker(second)) == (slow, again)
+    assert {worker.disks["wide"].size for worker in hosts.workers()} == {size}
+
+
 @pytest.mark.usefixtures("on_a_device")
 @pytest.mark.parametrize("milliseconds", [2, 3, 4])
 @pytest.mark.parametrize("size", [MIB // 2, 2 * MIB], ids=["cut", "grow"])
@@ -181,6 +266,7 @@ def test_a_device_that_takes_its_size_too_late_gets_the_right_one(
     device = device_of(hosts, "moves")
     answers: list[Exception | None] = []
     controller.resize("moves", MIB // 2, answers.append)
-    hosts.let_pass(60)
+    hosts.await_true(lambda: device.size == MIB // 2)
     assert "did not finish" in str(answers)
+    hosts.let_pass(0.2)
     assert device.size == MIB
