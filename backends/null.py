@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 from collections.abc import Mapping
 from typing import Final
 
@@ -14,7 +15,8 @@ from reactor.units import format_size
 
 BLOCK_SIZE: Final = 512
 DEFAULT_SIZE: Final = 1 << 30  # bytes
-_ZEROES: Final = memoryview(bytes(MAX_PAYLOAD))  # never written, so it takes no memory
+# Never written, so it takes no memory; nor could it be, so that none is set aside for it.
+_ZEROES: Final = memoryview(mmap.mmap(-1, MAX_PAYLOAD, mmap.MAP_PRIVATE, mmap.PROT_READ))
 
 
 class NullChannel(Channel):

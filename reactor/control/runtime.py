@@ -92,7 +92,8 @@ class RuntimeDir:
     def _load(self, path: Path) -> SavedState | None:
         try:
             with _opened(path) as file:
-                return decode(file.read(STATE_MAX), self.instance, self.boot)
+                size = os.fstat(file.fileno()).st_size
+                return decode(file.read(min(size, STATE_MAX)), self.instance, self.boot)
         except FileNotFoundError:
             return None
         except (OSError, ReactorError, *DAMAGE) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from reactor.control.plan import Machine, Placement
+from reactor.control.runtime import RuntimeDir
 from reactor.control.saved import (
     SavedState,
     Successor,
@@ -25,6 +26,7 @@ from reactor.control.statefile import replace_file
 from reactor.control.tags import disk, prefix, tag
 from reactor.errors import ReactorError
 from reactor.spec import Address, DiskSpec
+from tests.shortages import little_memory
 
 MACHINE = Machine((0, 1), 2, lambda backend: True)
 RAM = DiskSpec("ram", "malloc", {"size": 1 << 20}, uuid="6c55a2ac-b0a4-4d3e-bdf5-9d9c2f1a8a51")
@@ -278,3 +280,12 @@ def test_a_device_given_at_run_time_stays_unless_the_config_names_another() -> N
     running = RAM.with_device("/dev/nbd3")
     assert reconfigured(running, RAM, replace(RAM, readonly=True)).device == "/dev/nbd3"
     assert reconfigured(running, RAM, RAM.with_device("/dev/nbd4")).device == "/dev/nbd4"
+
+
+def test_a_state_is_read_in_little_more_memory_than_it_has(tmp_path: Path) -> None:
+    runtime = RuntimeDir(tmp_path / "run")
+    saved = SavedState((wish(RAM), wish(FILE)))
+    runtime.save(saved.encode(runtime.instance, runtime.boot))
+    with little_memory(os.getpid(), 16 << 20):
+        assert runtime.load() == saved
+    runtime.close()
