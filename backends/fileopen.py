@@ -7,8 +7,9 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ from reactor.log import logger
 IMAGE_MODE: Final = 0o600
 SMALLEST_BLOCK: Final = 512
 CLOSE_SECONDS: Final = 0.5
+TRY_SECONDS: Final = 0.5
 PAGE: Final = mmap.PAGESIZE
 
 log = logger(__name__)
@@ -45,17 +47,7 @@ class OpenFile:
         if not self.is_device:
             os.close(self.fd)
             return
-        closed = threading.Event()
-
-        def close() -> None:
-            os.close(self.fd)
-            closed.set()
-
-        try:
-            background.start(close)
-        except OSError:
-            close()
-        if not closed.wait(CLOSE_SECONDS):
+        if not _finishes(partial(os.close, self.fd), CLOSE_SECONDS):
             log.warning("%s is closed, but still being written to", self.path)
 
 
@@ -100,7 +92,7 @@ def open_file(
             raise _error(errno.EINVAL, path, problem)
         _require_bytes(fd, path, least)
         size = _size(fd, path, wanted, block_size, is_device=is_device, readonly=readonly)
-        if direct:
+        if direct and not is_device and direct_alignment(fd) is None:
             _try_direct(fd, path, block_size)
         claim = None
         if is_device and not readonly and sharers is not None:
@@ -239,10 +231,35 @@ def _size(
 
 
 def _try_direct(fd: int, path: str, block_size: int) -> None:
-    with mmap.mmap(-1, block_size) as block:
+    """Read, where the kernel does not say what that needs. A medium that is slow may be able to."""
+    errors: list[OSError] = []
+    own = os.dup(fd)
+
+    def read() -> None:
         try:
-            os.preadv(fd, [block], 0)
+            with mmap.mmap(-1, block_size) as block:
+                os.preadv(own, [block], 0)
         except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise _error(error.errno or errno.EIO, path, "cannot be read") from error
+            errors.append(error)
+        finally:
+            os.close(own)
+
+    if _finishes(read, TRY_SECONDS) and errors:
+        if errors[0].errno == errno.EINVAL:
             raise _no_direct(path) from None
+        raise _error(errors[0].errno or errno.EIO, path, "cannot be read") from errors[0]
+
+
+def _finishes(act: Callable[[], None], seconds: float) -> bool:
+    """Do something that may hang, beside others who cannot wait; whether it is done by then."""
+    done = threading.Event()
+
+    def do() -> None:
+        act()
+        done.set()
+
+    try:
+        background.start(do)
+    except OSError:  # no thread is to be had
+        do()
+    return done.wait(seconds)

@@ -205,6 +205,27 @@ disks:
     assert running.stop() == 0
 
 
+def test_a_disk_on_a_slow_medium_is_opened_again_beside_the_others(
+    media: list[Medium], service: Start, tmp_path: Path
+) -> None:
+    """Each read takes longer than a worker may be silent without a word in the log."""
+    _, direct, _ = media
+    running = service(f"""
+disks:
+  direct: {{backend: file, path: {direct.path}, direct: true, device: /dev/nbd0}}
+  ram: {{backend: malloc, size: 16MiB, device: /dev/nbd1}}
+""")
+    direct.become(direct.slow(int(BLOCKED_SECONDS * 1000)))
+    running.workers()[0].kill()
+    running.await_line("disk direct waits for its storage, which does not answer")
+    fio_verify("/dev/nbd1", "2M")
+    running.await_state("direct", "online")
+    assert "waits for a medium" not in running.log
+    direct.become(direct.healthy())
+    fio_verify("/dev/nbd0", "2M")
+    assert running.stop() == 0
+
+
 @pytest.mark.timeout(300)
 def test_a_device_waits_for_a_medium_that_hangs_when_its_worker_starts_again(
     media: list[Medium], service: Start, tmp_path: Path
