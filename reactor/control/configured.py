@@ -87,7 +87,7 @@ class Configured:
             obstacles |= found  # others follow the addresses that these keep
 
     def become(
-        self, now: Mapping[str, DiskSpec], plan: Plan, begin: Callable[[DiskSpec], None]
+        self, now: Mapping[str, DiskSpec], plan: Plan, begin: Callable[[DiskSpec], object]
     ) -> str:
         """Have all disks become what the config says now; `begin` makes those that are new.
 

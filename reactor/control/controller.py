@@ -80,6 +80,8 @@ class Controller:
             self._neighbours.rivals.listens,
             self._neighbours.hindrance,
             lambda disk: self._neighbours.attach_hindrance(disk, self._left_devices.disks),
+            lambda: self._stopping and self.keeps,
+            lambda: options.strict and self._took_over and not self.ready,
             self._configured.is_succeeded,
         )
         self._left_devices = LeftDevices(platform, self._neighbours.wake)
@@ -280,12 +282,11 @@ class Controller:
         self._reloading = True
         notify_reloading()
         with self._all_at_once():
-            problems = self._configured.become(wanted, plan, self._begin)
+            problems = self._configured.become(
+                wanted, plan, lambda spec: self._add(Wish(spec, plan.places[spec.name]))
+            )
         done(OSError(errno.EBUSY, problems) if problems else None)
         self._on_settled(None)
-
-    def _begin(self, spec: DiskSpec) -> None:
-        self._add(Wish(spec, self._configured.places[spec.name]))
 
     @contextmanager
     def _all_at_once(self) -> Iterator[None]:
@@ -313,7 +314,6 @@ class Controller:
         self._configured.successors.clear()
         self.reactor.call_later(STOP_SECONDS, self._force)
         for disk in list(self._disks.values()):
-            disk.keep_device = self.keeps
             disk.want("gone")
         self._end_if_stopped()
 

@@ -50,7 +50,6 @@ class DiskControl:
         self.spec = spec = wish.spec
         self.placement = placement = wish.placement
         self.desired: Desired = wish.desired
-        self.keep_device = False  # stop the disk, but let the kernel hold its device
         self.forced = False  # stop without writing back
         self.obstacle = ""  # why it is not as the config says
         self._made = wish.made  # 0: its storage may be made anew, should it be gone
@@ -391,15 +390,16 @@ class DiskControl:
 
     def _fall(self) -> None:
         device = self._link.device
-        keep = self.keep_device and device is not None and device.can_reconnect
+        keeps = self._host.keeps()
+        stays = keeps or (self.failure is not None and not self._hot and self._host.may_fail())
         if self._hot and self._shares.refuse():
             return
-        if device is not None and not keep:
+        if device is not None and not (stays and device.can_reconnect):
             self._let_go(device)
         elif self._shares.opened:
             self._shares.stop()
         else:
-            keep_memory = self.keep_device or self._host.is_succeeded(self)
+            keep_memory = keeps or self._host.is_succeeded(self)
             if self.desired == "gone" and not keep_memory and self.has_storage:
                 if self._made:
                     self._made = 0

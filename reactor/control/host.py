@@ -26,4 +26,6 @@ class Host:
     listens: Callable[[DiskControl, Iterable[Address]], None]  # a disk does, or will, there
     hindrance: Callable[[DiskControl], str]  # what it must wait for before it is opened
     attach_hindrance: Callable[[DiskControl], str]  # ... before it is attached; empty: nothing
+    keeps: Callable[[], bool]  # devices and memory stay when the disks go
+    may_fail: Callable[[], bool]  # the start may, and then devices are left as they were found
     is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage

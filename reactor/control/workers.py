@@ -136,7 +136,9 @@ class WorkerProcess:
 
     def replace(self) -> None:
         """Have the worker that is not as ours are finish what it does; then start another."""
-        log.info("worker core %d (pid %s) is replaced by one of today", self.core, self.pid)
+        log.info(
+            "worker core %d (pid %s) is replaced: it is of another version", self.core, self.pid
+        )
         self._leave()
 
     def retire(self, process: Process) -> None:

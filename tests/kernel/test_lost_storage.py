@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.commands import attached, ctl, run
+from tests.commands import attached, ctl, fio_verify_command, run
 from tests.mounting import mounted
 from tests.running import RunningService
 
@@ -50,8 +51,8 @@ def write(mount: Path) -> None:
         os.fsync(file.fileno())
 
 
-def again(service: Start, before: RunningService, text: str) -> RunningService:
-    return service(text, runtime_dir=before.runtime_dir, await_ready=False)
+def again(service: Start, before: RunningService, text: str, *arguments: str) -> RunningService:
+    return service(text, *arguments, runtime_dir=before.runtime_dir, await_ready=False)
 
 
 def check_it_waits_for_its_storage(running: RunningService, state: str, problem: str) -> None:
@@ -100,6 +101,30 @@ def test_an_image_that_is_gone_at_a_restart_is_not_made_under_a_mount(
     after.await_state("x", "online")
     with mounted("/dev/nbd0", tmp_path / "mount") as mount:
         assert (mount / "file").read_bytes() == b"data"
+    assert after.stop() == 0
+
+
+@pytest.mark.parametrize("end", [end_and_keep, end_all])
+def test_an_image_that_is_late_costs_nothing_when_a_strict_start_fails(
+    service: Start, tmp_path: Path, store: Path, end: Callable[[RunningService], None]
+) -> None:
+    running = service(config(store))
+    with (tmp_path / "report").open("w+") as report:
+        verify = fio_verify_command("/dev/nbd0", "4M", loops="1000", runtime="20", time_based="1")
+        with subprocess.Popen(verify, stdout=report, stderr=report) as load:
+            running.await_true(lambda: "1" in Path("/sys/block/nbd0/inflight").read_text().split())
+            end(running)
+            store.rename(tmp_path / "moved")
+            store.mkdir()
+            strict = again(service, running, config(store), "--strict")
+            assert strict.process.wait(60) == 1
+            assert "not started: x (--strict)" in strict.log
+            assert attached("/dev/nbd0")
+            store.rmdir()
+            (tmp_path / "moved").rename(store)
+            after = service(config(store), "--strict", runtime_dir=running.runtime_dir)
+            after.await_state("x", "online")
+            assert load.wait(60) == 0, report.seek(0) or report.read()
     assert after.stop() == 0
 
 
