@@ -86,6 +86,16 @@ def test_check_mode_on_a_fresh_host_foretells_and_changes_nothing(
 
 
 @LONG
+@EXTENDED
+def test_bad_disks_on_a_fresh_host_leave_nothing(
+    operator: Operator, machine: Machine, bare: str
+) -> None:
+    bad = {"raw": {**DISKS["raw"], "size": "32 apples"}}
+    assert "disks.raw.size" in operator.play("install", fails=True, nbd_reactor_disks=bad)
+    assert machine.run(LISTING) == bare
+
+
+@LONG
 def test_a_disk_is_installed_and_carries_a_file_system_through_a_reboot(
     operator: Operator, machine: Machine, bare: str
 ) -> None:
@@ -324,5 +334,10 @@ def test_removal_is_refused_in_use_and_leaves_nothing(
 
 @LONG
 @EXTENDED
-def test_where_nothing_is_left_nothing_is_removed(operator: Operator) -> None:
+def test_where_nothing_is_left_nothing_is_removed(operator: Operator, machine: Machine) -> None:
+    machine.write("/etc/systemd/system/nbd-reactor.service", "[Service]\nExecStart=/bin/false\n")
+    machine.run("systemctl daemon-reload; systemctl start nbd-reactor")
+    machine.await_success("systemctl is-failed nbd-reactor")
+    assert changes(operator.play("uninstall")) > 0
+    assert machine.run("systemctl is-system-running") == "running"
     assert changes(operator.play("uninstall", nbd_reactor_remove_images=True)) == 0
