@@ -389,9 +389,9 @@ class DiskControl:
     # --- falling ---
 
     def _fall(self) -> None:
-        device = self._link.device
-        keeps = self._host.keeps()
-        stays = keeps or (self.failure is not None and not self._hot and self._host.may_fail())
+        device, keeps = self._link.device, self._host.keeps()
+        # One that failed, and was to be online.
+        stays = keeps or (self.desired == "online" and not self._hot and self._host.may_fail())
         if self._hot and self._shares.refuse():
             return
         if device is not None and not (stays and device.can_reconnect):
