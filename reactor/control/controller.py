@@ -175,7 +175,6 @@ class Controller:
         except OSError as error:
             done(error)
             return
-
         disk = self._add(wish)
 
         def created(error: Exception | None) -> None:
@@ -242,8 +241,8 @@ class Controller:
             done(OSError(errno.ENODEV, f"there is no disk {name}"))
         elif self._stopping:
             done(OSError(errno.ESHUTDOWN, "the service is stopping"))
-        elif device is not None and self._holder(device) is not None:
-            done(OSError(errno.EBUSY, f"{device} is in use by disk {self._holder(device)}"))
+        elif device is not None and (other := holder(device, self._disks.values())) is not None:
+            done(OSError(errno.EBUSY, f"{device} is in use by disk {other}"))
         elif (refusal := attach_refusal(disk)) is not None:
             done(refusal)
         else:
@@ -257,7 +256,7 @@ class Controller:
 
     def detach(self, device: str, done: Done) -> None:
         """Detach a device of ours."""
-        name = self._holder(device)
+        name = holder(device, self._disks.values())
         if name is None:
             done(OSError(errno.ENODEV, f"{device} is not a device of this service"))
         elif self._stopping:
@@ -388,12 +387,16 @@ class Controller:
     def _report_ready(self) -> None:
         if self._stopping or not self._workforce.up or (self.ready and not self._reloading):
             return
-        if not all(disk.settled for disk in self._disks.values()):
+        failed = [disk for disk in self._disks.values() if disk.state == "failed"]
+        refused = failed and self._options.strict and not self.ready
+        # Until then a device is left to one of them, for which another may wait.
+        left = refused and any(disk.path for disk in failed)
+        if not left and not all(disk.settled for disk in self._disks.values()):
             return
         first, self.ready, self._reloading = not self.ready, True, False
-        failed = [name for name, disk in self._disks.items() if disk.state == "failed"]
-        if first and failed and self._options.strict:
-            tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")
+        if refused:
+            names = ", ".join(disk.spec.name for disk in failed)
+            tell(f"nbd-reactor: not started: {names} (--strict)")
             self.exit_status = 1
             # What was there before, and serves somebody, is left as it was found.
             self.shut_down(keep=self._took_over)
@@ -479,9 +482,6 @@ class Controller:
             done(self._saving.outcome(error, stopping=self._stopping))
 
         return answer
-
-    def _holder(self, device: str | None) -> str | None:
-        return holder(device, self._disks.values())
 
     def _changeable(self, name: str, done: Done) -> DiskControl | None:
         disk = self._named(name, done)

@@ -1,0 +1,46 @@
+"""A strict start that fails, and is tried again: it leaves devices to those who use them."""
+
+from __future__ import annotations
+
+import errno
+import signal
+
+import pytest
+
+from tests.simulation.hosts import Hosts
+
+NAMES = ("stays", "moves", "plain", "wide")
+
+
+def devices(hosts: Hosts) -> dict[str, str]:
+    return {device.disk: device.path for device in hosts.host.driver.configured()}
+
+
+def die_and_fail(hosts: Hosts) -> None:
+    """End everything; from now on the storage of one disk cannot be opened."""
+    hosts.host.store.refusals["moves"] = OSError(errno.ENOENT, "is gone")
+    hosts.service.change(strict=True)
+    hosts.service.die()
+    for core in (0, 1):
+        hosts.worker(core).send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("wants_its_device", [False, True])
+def test_a_device_stays_for_the_start_that_succeeds(
+    hosts: Hosts, *, wants_its_device: bool
+) -> None:
+    """Also when another disk, by its new config, waits for the device of the one that fails."""
+    before = devices(hosts)
+    if wants_its_device:
+        hosts.free("stays")
+        del before["stays"]
+        hosts.configure("stays", device=before["moves"])
+    die_and_fail(hosts)
+    hosts.await_true(lambda: hosts.service.exit_status == 1)
+    hosts.let_pass(10)
+    assert devices(hosts) == before
+    if wants_its_device:
+        hosts.configure("stays", device=None)
+    del hosts.host.store.refusals["moves"]
+    hosts.await_states(**dict.fromkeys(NAMES, "online"))
+    assert devices(hosts) == before
