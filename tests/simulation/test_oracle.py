@@ -12,7 +12,6 @@ import pytest
 from reactor.control import link, saved, workers
 from reactor.control.configured import Configured
 from reactor.control.controller import Controller
-from reactor.control.disk import DiskControl
 from reactor.control.shares import Shares
 from reactor.spec import DiskSpec
 from tests.simulation import platform
@@ -59,7 +58,6 @@ def take_nothing_over(patch: Patch) -> None:
 def save_after_the_answer(patch: Patch) -> None:
     """The next tick saves it."""
     patch.setattr(Controller, "_when_saved", lambda _, done: done)
-    patch.setattr(DiskControl, "_save", lambda _: None)
 
 
 def tell_success_without_room(patch: Patch) -> None:
