@@ -375,8 +375,9 @@ class DiskControl:
             then()
 
         def refused(error: Exception) -> None:
-            self.spec, self._link.fitted = self.spec.with_size(resize.before), False
-            self._resize = replace(resize, refusal=error)
+            # A stop has said what it will be when it is started again.
+            self.spec = self.spec.with_size(resize.before) if self.rising else self.spec
+            self._resize, self._link.fitted = replace(resize, refusal=error), False
 
         def finish(error: Exception | None) -> None:
             self._resize = None
@@ -390,7 +391,6 @@ class DiskControl:
 
     def _fall(self) -> None:
         device, keeps = self._link.device, self._host.keeps()
-        # One that failed, and was to be online.
         stays = keeps or (self.desired == "online" and not self._hot and self._host.may_fail())
         if self._hot and self._shares.refuse():
             return

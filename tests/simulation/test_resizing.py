@@ -174,6 +174,20 @@ def test_what_the_config_says_is_not_forgotten_for_a_resize_that_is_refused(
     assert device_of(hosts, "moves").size == 8 * MIB
 
 
+@pytest.mark.parametrize("milliseconds", [0, 1, 2, 4])
+def test_what_the_config_says_is_not_forgotten_for_a_stop_in_its_middle(
+    hosts: Hosts, controller: Controller, milliseconds: int
+) -> None:
+    hosts.configure("plain", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(milliseconds / 1000)
+    controller.stop("plain", lambda _: None)
+    hosts.let_pass(10)
+    controller.start("plain", lambda _: None)
+    hosts.let_pass(10)
+    assert controller.disk("plain").size == 8 * MIB
+
+
 @pytest.mark.parametrize("size", [MIB // 2, 2 * MIB], ids=["cut", "grow"])
 def test_who_died_and_is_back_opens_the_disk_before_it_is_resized_there(
     hosts: Hosts, controller: Controller, size: int
