@@ -85,14 +85,15 @@ def open_file(
     try:
         if not is_device:
             lock_file(fd, path, READERS if readonly else sharers)
-        smallest = _smallest_block(fd, path, is_device=is_device, direct=direct)
+        alignment = _direct_alignment(fd, path) if direct else SMALLEST_BLOCK
+        smallest = max(logical_block_size(fd) if is_device else SMALLEST_BLOCK, alignment or 0)
         block_size = block_size or smallest
         if block_size < smallest:
             problem = f"the block size {block_size} is below the {smallest} that I/O here needs"
             raise _error(errno.EINVAL, path, problem)
         _require_bytes(fd, path, least)
         size = _size(fd, path, wanted, block_size, is_device=is_device, readonly=readonly)
-        if direct and not is_device and direct_alignment(fd) is None:
+        if alignment is None and not is_device:
             _try_direct(fd, path, block_size)
         claim = None
         if is_device and not readonly and sharers is not None:
@@ -192,14 +193,12 @@ def _no_direct(path: str) -> OSError:
     return _error(errno.EINVAL, path, "the file system has no O_DIRECT: leave out `direct`")
 
 
-def _smallest_block(fd: int, path: str, *, is_device: bool, direct: bool) -> int:
-    smallest = logical_block_size(fd) if is_device else SMALLEST_BLOCK
-    if not direct:
-        return smallest
+def _direct_alignment(fd: int, path: str) -> int | None:
+    """Return to what O_DIRECT must be aligned, None when that is not known; raises OSError."""
     alignment = direct_alignment(fd)
     if alignment == 0:
         raise _no_direct(path)
-    return max(smallest, alignment or 0)
+    return alignment
 
 
 def _size(

@@ -93,6 +93,12 @@ def attached(device: str) -> bool:
     return Path("/sys/block", Path(device).name, "pid").exists()
 
 
+def in_flight(device: str) -> int:
+    """How many requests the kernel has begun on the device and not ended."""
+    counts = Path("/sys/block", Path(device).name, "inflight").read_text()
+    return sum(map(int, counts.split()))
+
+
 def nbdsh(uri: str, script: str) -> str:
     """Run a script of libnbd's shell, which needs the distribution's Python."""
     return run("/usr/bin/python3", "-m", "nbd", "-u", uri, "-c", script)

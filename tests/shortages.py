@@ -22,7 +22,8 @@ def limited(pid: int, limit: int, value: int) -> Iterator[None]:
 
 def few_descriptors(pid: int, spare: int) -> AbstractContextManager[None]:
     """Let a process open only so many files more."""
-    used = {int(descriptor.name) for descriptor in Path(f"/proc/{pid}/fd").iterdir()}
+    listed = list(Path(f"/proc/{pid}/fd").iterdir())  # with that of the listing, if it is ours
+    used = {int(descriptor.name) for descriptor in listed if descriptor.is_symlink()}
     free = (number for number in itertools.count() if number not in used)
     return limited(pid, resource.RLIMIT_NOFILE, next(itertools.islice(free, spare, None)))
 

@@ -387,16 +387,15 @@ class Controller:
     def _report_ready(self) -> None:
         if self._stopping or not self._workforce.up or (self.ready and not self._reloading):
             return
-        failed = [disk for disk in self._disks.values() if disk.state == "failed"]
-        refused = failed and self._options.strict and not self.ready
-        # Until then a device is left to one of them, for which another may wait.
-        left = refused and any(disk.path for disk in failed)
-        if not left and not all(disk.settled for disk in self._disks.values()):
+        # By a strict start one that failed has its device left, for which another may wait.
+        failing = (disk for disk in self._disks.values() if disk.failure and disk.path)
+        left = self._options.strict and any(disk.state == "failed" for disk in failing)
+        if not all(disk.settled for disk in self._disks.values()) and (self.ready or not left):
             return
         first, self.ready, self._reloading = not self.ready, True, False
-        if refused:
-            names = ", ".join(disk.spec.name for disk in failed)
-            tell(f"nbd-reactor: not started: {names} (--strict)")
+        failed = [name for name, disk in self._disks.items() if disk.state == "failed"]
+        if first and failed and self._options.strict:
+            tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")
             self.exit_status = 1
             # What was there before, and serves somebody, is left as it was found.
             self.shut_down(keep=self._took_over)

@@ -10,8 +10,6 @@ from typing import TypeAlias
 from reactor.control.platform import Platform
 from reactor.control.shares import Share
 
-Ends: TypeAlias = "tuple[list[socket.socket], list[Delivery]]"  # the kernel's, and the workers'
-
 
 @dataclass(slots=True)
 class Slot:
@@ -31,6 +29,9 @@ class Delivery:
     share: Share
     pid: int | None  # to a later worker the end means nothing: it has not opened the disk yet
     end: socket.socket
+
+
+Ends: TypeAlias = tuple[list[socket.socket], list[Delivery]]  # the kernel's, and the workers'
 
 
 def server(shares: Sequence[Share], place: int) -> Share:

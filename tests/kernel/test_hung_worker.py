@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import attached, ctl_command, endless_writes, fio_verify, run
+from tests.commands import attached, ctl_command, endless_writes, fio_verify, in_flight, run
 from tests.running import RunningService
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(240)]
@@ -49,7 +49,7 @@ def other(service: Start) -> RunningService:
 def hung_worker(running: RunningService) -> Iterator[subprocess.Popen[bytes]]:
     """Stop the worker with more in flight than its socket holds; yields the fio that waits."""
     with endless_writes("/dev/nbd0", bsrange="128k-128k", iodepth="128") as fio:
-        running.await_true(lambda: in_flight() > 0)
+        running.await_true(lambda: in_flight("/dev/nbd0") > 0)
         worker = running.workers()[running.rpc("reactor_get_disks", name="hung")[0]["core"]]
         worker.suspend()
         running.await_true(is_stuck)
@@ -57,15 +57,11 @@ def hung_worker(running: RunningService) -> Iterator[subprocess.Popen[bytes]]:
         assert not lives(worker), "it was to be replaced"
 
 
-def in_flight() -> int:
-    return sum(map(int, Path("/sys/block/nbd0/inflight").read_text().split()))
-
-
 def is_stuck() -> bool:
     """Whether no more fits in the socket: fio has 16 MiB to write, and none of it is sent."""
-    before = in_flight()
+    before = in_flight("/dev/nbd0")
     time.sleep(0.5)
-    return in_flight() == before > 0
+    return in_flight("/dev/nbd0") == before > 0
 
 
 def lives(process: psutil.Process) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import attached, ctl, fio_verify_command, run
+from tests.commands import attached, ctl, fio_verify_command, in_flight, run
 from tests.mounting import mounted
 from tests.running import RunningService
 
@@ -112,7 +112,7 @@ def test_an_image_that_is_late_costs_nothing_when_a_strict_start_fails(
     with (tmp_path / "report").open("w+") as report:
         verify = fio_verify_command("/dev/nbd0", "4M", loops="1000", runtime="20", time_based="1")
         with subprocess.Popen(verify, stdout=report, stderr=report) as load:
-            running.await_true(lambda: "1" in Path("/sys/block/nbd0/inflight").read_text().split())
+            running.await_true(lambda: in_flight("/dev/nbd0") > 0)
             end(running)
             store.rename(tmp_path / "moved")
             store.mkdir()

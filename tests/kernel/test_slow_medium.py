@@ -15,7 +15,7 @@ import pytest
 from reactor.control.shares import OPEN_SECONDS
 from reactor.protocol.wire import NBD_CMD_FLAG_FUA, NBD_CMD_WRITE
 from tests.client import Client
-from tests.commands import fio_verify, fio_verify_command
+from tests.commands import fio_verify, fio_verify_command, in_flight
 from tests.kernel.media import MIB, Medium, few_dirty_pages, medium, needs_drivers, state
 from tests.running import RunningService
 
@@ -32,6 +32,15 @@ def media(tmp_path: Path) -> Iterator[list[Medium]]:
     with ExitStack() as made:
         names = ("cached", "direct", "good")
         yield [made.enter_context(medium(name, tmp_path)) for name in names]
+
+
+def direct_and_ram(direct: Medium) -> str:
+    """Return the config of a disk on a medium and one of memory, both with a device."""
+    return f"""
+disks:
+  direct: {{backend: file, path: {direct.path}, direct: true, device: /dev/nbd0}}
+  ram: {{backend: malloc, size: 16MiB, device: /dev/nbd1}}
+"""
 
 
 @contextmanager
@@ -138,14 +147,7 @@ def test_a_disk_on_a_hanging_medium_starts_when_it_answers(
     _, direct, _ = media
     direct.hang()
     try:
-        running = service(
-            f"""
-disks:
-  direct: {{backend: file, path: {direct.path}, direct: true, device: /dev/nbd0}}
-  ram: {{backend: malloc, size: 16MiB, device: /dev/nbd1}}
-""",
-            await_ready=False,
-        )
+        running = service(direct_and_ram(direct), await_ready=False)
         running.await_line("disk direct waits for its storage, which does not answer")
         running.await_state("ram", "online")
         fio_verify("/dev/nbd1", "2M")
@@ -194,7 +196,7 @@ disks:
     direct.become(direct.slow_to_write(int(BLOCKED_SECONDS * 1000)))
     write = ["dd", "if=/dev/zero", "of=/dev/nbd0", "bs=4k", "count=1", "oflag=direct"]
     with working(write):
-        running.await_true(lambda: "1" in Path("/sys/block/nbd0/inflight").read_text().split())
+        running.await_true(lambda: in_flight("/dev/nbd0") == 1)
         time.sleep(1)
         running.workers()[0].kill()
         running.await_line("controller: disk direct waits: ")
@@ -210,11 +212,7 @@ def test_a_disk_on_a_slow_medium_is_opened_again_beside_the_others(
 ) -> None:
     """Each read takes longer than a worker may be silent without a word in the log."""
     _, direct, _ = media
-    running = service(f"""
-disks:
-  direct: {{backend: file, path: {direct.path}, direct: true, device: /dev/nbd0}}
-  ram: {{backend: malloc, size: 16MiB, device: /dev/nbd1}}
-""")
+    running = service(direct_and_ram(direct))
     direct.become(direct.slow(int(BLOCKED_SECONDS * 1000)))
     running.workers()[0].kill()
     running.await_line("disk direct waits for its storage, which does not answer")
@@ -232,16 +230,12 @@ def test_a_device_waits_for_a_medium_that_hangs_when_its_worker_starts_again(
 ) -> None:
     """Longer than an answer of a worker may take otherwise, and nothing else has to wait for it."""
     _, direct, _ = media
-    running = service(f"""
-disks:
-  direct: {{backend: file, path: {direct.path}, direct: true, device: /dev/nbd0}}
-  ram: {{backend: malloc, size: 16MiB, device: /dev/nbd1}}
-""")
+    running = service(direct_and_ram(direct))
     write = ["dd", "if=/dev/zero", "of=/dev/nbd0", "bs=4k", "count=1", "oflag=direct"]
     direct.hang()
     try:
         with working(write):
-            running.await_true(lambda: "1" in Path("/sys/block/nbd0/inflight").read_text().split())
+            running.await_true(lambda: in_flight("/dev/nbd0") == 1)
             running.workers()[0].kill()
             running.await_line("disk direct waits for its storage, which does not answer")
             running.await_state("ram", "online")

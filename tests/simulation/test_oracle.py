@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from reactor.control import link, saved, workers
+from reactor.control import controller, link, saved, workers
 from reactor.control.configured import Configured
 from reactor.control.controller import Controller
+from reactor.control.host import Host
 from reactor.control.shares import Shares
 from reactor.spec import DiskSpec
 from tests.simulation import platform
@@ -58,6 +59,9 @@ def take_nothing_over(patch: Patch) -> None:
 def save_after_the_answer(patch: Patch) -> None:
     """The next tick saves it."""
     patch.setattr(Controller, "_when_saved", lambda _, done: done)
+    patch.setattr(
+        controller, "Host", lambda platform, _, *rest: Host(platform, lambda: None, *rest)
+    )
 
 
 def tell_success_without_room(patch: Patch) -> None:

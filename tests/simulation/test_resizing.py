@@ -284,3 +284,5 @@ def test_a_device_that_takes_its_size_too_late_gets_the_right_one(
     assert "did not finish" in str(answers)
     hosts.let_pass(0.2)
     assert device.size == MIB
+    hosts.let_pass(20)
+    assert device.size == MIB

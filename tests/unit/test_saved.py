@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import resource
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +24,7 @@ from reactor.control.statefile import replace_file
 from reactor.control.tags import disk, prefix, tag
 from reactor.errors import ReactorError
 from reactor.spec import Address, DiskSpec
-from tests.shortages import little_memory
+from tests.shortages import few_descriptors, little_memory
 
 MACHINE = Machine((0, 1), 2, lambda backend: True)
 RAM = DiskSpec("ram", "malloc", {"size": 1 << 20}, uuid="6c55a2ac-b0a4-4d3e-bdf5-9d9c2f1a8a51")
@@ -172,21 +170,11 @@ def test_a_full_file_system_leaves_the_old_state(
 def test_without_descriptors_the_old_state_stays(tmp_path: Path, spare: int) -> None:
     path = tmp_path / "state"
     replace_file(path, b"old")
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = [os.open(tmp_path, os.O_RDONLY)]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 16, before[1]))
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.dup(taken[0]))
-        for _ in range(spare):
-            os.close(taken.pop())
-        with pytest.raises(OSError, match="Too many open files"):
-            replace_file(path, b"new")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-        for each in taken:
-            os.close(each)
+    with (
+        few_descriptors(os.getpid(), spare),
+        pytest.raises(OSError, match="Too many open files"),
+    ):
+        replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
