@@ -118,12 +118,6 @@ class Configured:
         beside = [(d.spec, d.placement) for d in self._disks.values() if d.desired != "gone"]
         return place_anyhow(spec, beside, machine)
 
-    def grown(self, disk: DiskControl) -> None:
-        """Note that a disk has grown; the config may say more by now."""
-        spec = self._growing.get(disk.spec.name)
-        if spec is not None and spec.options.get("size", 0) <= disk.spec.options.get("size", 0):
-            self.overruled(disk)
-
     def overruled(self, disk: DiskControl) -> None:
         """Note that a disk needs the size no more that the config says."""
         spec = self._growing.pop(disk.spec.name, None)
@@ -133,8 +127,8 @@ class Configured:
     def stops(self, disk: DiskControl) -> None:
         """Leave to the disk's next start the size that the config says."""
         spec = self._growing.get(disk.spec.name)
-        if spec is not None:
-            disk.spec = disk.spec.with_size(spec.options.get("size", 0))
+        if spec is not None and spec.options.get("size", 0) == disk.wanted_size:
+            disk.spec = disk.spec.with_size(disk.wanted_size)
             self.overruled(disk)
 
     def removed(self, disk: DiskControl) -> None:

@@ -75,7 +75,7 @@ class Controller:
             self._save,
             self._saving.soon,
             self._on_settled,
-            self._configured.grown,
+            self._configured.overruled,
             lambda: self._holding,
             self._neighbours.rivals.listens,
             self._neighbours.hindrance,
@@ -129,6 +129,7 @@ class Controller:
                 self._configured.note(spec.name, spec)
                 disk = self._add(replace(saved_wish, spec=spec, former=leaving))
             if device is not None:  # also one that it is to leave: in order, and written back
+                self._took_over = True
                 disk.adopt(device)
         self._save()
         self._left_devices.detach([disk.spec for disk in self._disks.values() if disk.path])
@@ -224,8 +225,6 @@ class Controller:
                 disk.resize(size, self._when_saved(done))
             except OSError as error:
                 done(error)
-                return
-            self._configured.overruled(disk)  # or a size that the config has would come back
 
     def attach(
         self, name: str, device: str | None, done: Callable[[str | Exception], None]
@@ -339,6 +338,7 @@ class Controller:
     def _on_hello(self, worker: WorkerProcess, message: Message) -> None:
         """Take over what the worker has."""
         reports = {report["spec"]["name"]: report for report in message["disks"]}
+        self._took_over |= bool(reports) and not worker.spawned  # also if nothing was saved
         for disk in list(self._disks.values()):
             share = disk.share(worker)
             if share is not None:

@@ -51,6 +51,7 @@ class DiskControl:
         self.placement = placement = wish.placement
         self.desired: Desired = wish.desired
         self.forced = False  # stop without writing back
+        self.wanted_size = spec.options.get("size", 0)  # bytes, by the newest config or resize
         self.obstacle = ""  # why it is not as the config says
         self._made = wish.made  # 0: its storage may be made anew, should it be gone
         self.failure: Exception | None = None
@@ -69,7 +70,6 @@ class DiskControl:
         self._shares = Shares(self._errand, spec, list(shares.values()), self._on_failed)
         self._link = DeviceLink(host.platform, self._errand, homes, self._on_link_failed)
         self._waiting = Waiting(host.platform.reactor.clock)
-        self._wanted_size = spec.options.get("size", 0)  # bytes, by the newest config or resize
         self._answers = Answers(spec.name)
         self._left: Exception | None = None  # why what it kept could not be removed
         self._attaching: Callable[[str | Exception], None] | None = None
@@ -97,14 +97,14 @@ class DiskControl:
         """Become `spec`, in which only device, listeners or size differ, in place."""
         self._answer_attach(OSError(errno.ECANCELED, "the config of the disk has changed"))
         size, shown = spec.options.get("size", 0), self._shares.geometry.size
-        self._wanted_size = size
+        self.wanted_size = size
         self.spec = replace(self.spec, device=spec.device, listen=spec.listen)
         self._shares.listen = spec.listen
         self._host.listens(self, spec.listen)
         if size < shown and size != self.spec.options.get("size", 0):
             log.warning("disk %s keeps its %d bytes: only `resize` cuts", self.spec.name, shown)
         self.want("stopped" if self.desired == "stopped" else "online")
-        self._grow()
+        self._grow(size)
 
     def attach(self, device: str, done: Callable[[str | Exception], None]) -> None:
         """Attach to `device`, if there is no `attach_refusal`."""
@@ -114,20 +114,18 @@ class DiskControl:
         self._again(None)
 
     def _report_resize(self, size: int, error: Exception | None) -> None:
-        if error is None or self.spec.options.get("size", 0) == size:
-            self._host.on_grown(self)  # if not yet the device, which is told as soon as it can be
-        else:
+        # If only the device has it not yet, that is told as soon as it can be.
+        if error is not None and self.spec.options.get("size", 0) != size:
             log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
 
-    def _grow(self) -> None:
-        size = self._wanted_size
-        other_size = size != self.spec.options.get("size", 0)
-        if not self.rising or not other_size or size < self._shares.geometry.size:
-            return
-        try:
-            self.resize(size, partial(self._report_resize, size))
-        except OSError:  # not yet; the newest config counts then
-            self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, self._grow)
+    def _grow(self, size: int) -> None:
+        due = self.rising and size == self.wanted_size != self.spec.options.get("size", 0)
+        if due and size >= self._shares.geometry.size:
+            try:
+                self.resize(size, partial(self._report_resize, size))
+            except OSError:  # not yet
+                again = partial(self._grow, size)
+                self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, again)
 
     def detach(self, done: Done) -> None:
         """Give up the device; the disk stays."""
@@ -142,7 +140,7 @@ class DiskControl:
             raise OSError(errno.EBUSY, f"disk {self.spec.name} is {now}")
         before, shown = self.spec.options.get("size", size), self._shares.geometry.size
         self._resize = Resize(size, done, before, shown)
-        self._wanted_size = size  # no earlier reload undoes it
+        self.wanted_size = size  # no earlier reload undoes it
         self._again(None)
 
     # --- what it is ---
@@ -383,6 +381,8 @@ class DiskControl:
             self._resize = None
             self._made = resize.size if error is None else self._made
             self._link.fitted &= error is None  # else the kernel may have another size
+            if resize.size == self.wanted_size:
+                self._host.on_resized(self)
             resize.done(error)
 
         resize.begin(self._link, self._shares, keep=keep, refused=refused, finish=finish)

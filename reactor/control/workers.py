@@ -66,7 +66,7 @@ class WorkerProcess:
         self._events = 0  # heard since the last hello
         self._heard_ns = 0
         self._started_ns = 0
-        self._spawned = False  # by this controller
+        self.spawned = False  # by this controller
         self._progress: int | None = 0  # of its boot
         self._progress_ns = 0  # when it last made any
         self._quick_deaths = 0  # after its hello
@@ -159,7 +159,7 @@ class WorkerProcess:
         process.watch(self._on_exit)
         self._identity = f"worker-{self.core}-{process.pid}".encode()
         self._started_ns = self._heard_ns = self._reactor.clock()
-        self._spawned = spawned
+        self.spawned = spawned
         self._events = 0
         self._asked_ns = 0  # what it says to older questions, or by itself, does not count
         self._aborted = self._killed = self.is_blocked = False
@@ -333,7 +333,7 @@ class WorkerProcess:
     @property
     def _boots(self) -> bool:
         """Whether it was started, and has yet to say hello."""
-        return self.state == "starting" and self._spawned
+        return self.state == "starting" and self.spawned
 
     def _boot_silence(self, process: Process) -> tuple[float, float]:
         """Return for how many seconds it has said nothing, or done nothing, and the limit."""

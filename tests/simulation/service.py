@@ -9,6 +9,7 @@ from typing import Final
 
 from reactor.control import saved
 from reactor.control.controller import Controller
+from reactor.control.tags import prefix, tag
 from reactor.options import Options
 from reactor.spec import DiskSpec
 from tests.simulation.host import INSTANCE, Host
@@ -54,7 +55,8 @@ class Service:
         found = saved.decode(state, INSTANCE, platform.boot) if state is not None else None
         if found is not None and self._host.unsaved:
             found = found.outdated()
-        self.took_over = found is not None and bool(found.wishes)
+        held = {tag(INSTANCE, spec) for spec in self.config} & set(platform.held(prefix(INSTANCE)))
+        self.took_over = bool(held) or (found is not None and bool(found.wishes))
         try:
             controller = Controller(self.options, platform, lambda: self.config, {})
             self.controller = controller

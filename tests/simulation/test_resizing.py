@@ -174,6 +174,43 @@ def test_what_the_config_says_is_not_forgotten_for_a_resize_that_is_refused(
     assert device_of(hosts, "moves").size == 8 * MIB
 
 
+def test_what_the_config_says_is_not_forgotten_for_a_resize_that_fails(
+    hosts: Hosts, controller: Controller
+) -> None:
+    """Neither is what failed tried again: who asked for it was told."""
+    hosts.host.store.sizes_max["moves"] = 4 * MIB
+    hosts.configure("moves", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(1)
+    answers: list[Exception | None] = []
+    controller.resize("moves", 6 * MIB, answers.append)
+    hosts.let_pass(1)
+    assert str(answers) == str([OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+    hosts.host.store.sizes_max["moves"] = 7 * MIB
+    hosts.let_pass(10)
+    assert device_of(hosts, "moves").size == MIB
+    hosts.host.store.sizes_max["moves"] = 8 * MIB
+    controller.reload(lambda _: None)
+    hosts.let_pass(10)
+    assert device_of(hosts, "moves").size == 8 * MIB
+
+
+def test_what_the_config_says_is_not_asked_for_again_when_a_resize_overruled_it(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.host.store.sizes_max["moves"] = 4 * MIB
+    hosts.configure("moves", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(1)
+    controller.resize("moves", 2 * MIB, lambda _: None)
+    hosts.let_pass(1)
+    hosts.host.store.sizes_max["moves"] = 8 * MIB
+    controller.reload(lambda _: None)
+    hosts.service.die()
+    hosts.let_pass(30)
+    assert device_of(hosts, "moves").size == 2 * MIB
+
+
 @pytest.mark.parametrize("milliseconds", [0, 1, 2, 4])
 def test_what_the_config_says_is_not_forgotten_for_a_stop_in_its_middle(
     hosts: Hosts, controller: Controller, milliseconds: int

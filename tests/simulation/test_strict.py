@@ -26,8 +26,9 @@ def die_and_fail(hosts: Hosts) -> None:
 
 
 @pytest.mark.parametrize("wants_its_device", [False, True])
+@pytest.mark.parametrize("saved", [False, True], ids=["nothing saved", "saved"])
 def test_a_device_stays_for_the_start_that_succeeds(
-    hosts: Hosts, *, wants_its_device: bool
+    hosts: Hosts, *, wants_its_device: bool, saved: bool
 ) -> None:
     """Also when another disk, by its new config, waits for the device of the one that fails."""
     before = devices(hosts)
@@ -36,6 +37,8 @@ def test_a_device_stays_for_the_start_that_succeeds(
         del before["stays"]
         hosts.configure("stays", device=before["moves"])
     die_and_fail(hosts)
+    if not saved:
+        hosts.host.saved = None
     hosts.await_true(lambda: hosts.service.exit_status == 1)
     hosts.let_pass(10)
     assert devices(hosts) == before
