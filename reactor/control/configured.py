@@ -124,7 +124,7 @@ class Configured:
         if spec is not None:
             self.note(spec.name, spec)
 
-    def stops(self, disk: DiskControl) -> None:
+    def stopped(self, disk: DiskControl) -> None:
         """Leave to the disk's next start the size that the config says."""
         spec = self._growing.get(disk.spec.name)
         if spec is not None and spec.options.get("size", 0) == disk.wanted_size:
@@ -170,10 +170,11 @@ class Configured:
             self.successors[name] = Successor(wanted, self._desired(disk))
             disk.want("gone")
         else:
-            # A size is noted when it is there.
+            # A size is noted when it is there; what is asked for meanwhile may be a smaller one.
+            size = disk.spec.options.get("size", 0)
             self._growing[name] = spec
-            self.note(name, spec.with_size(disk.spec.options.get("size", 0)))
-            if wanted.options.get("size", 0) <= disk.spec.options.get("size", 0):
+            self.note(name, spec.with_size(size))
+            if wanted.options.get("size", 0) <= min(size, disk.wanted_size):
                 self.overruled(disk)
             disk.change(wanted)
 
@@ -231,7 +232,8 @@ class Configured:
         return obstacle(uses, disk, wanted, kept, in_place=in_place)
 
     def _differs(self, disk: DiskControl, spec: DiskSpec, places: Mapping[str, Placement]) -> bool:
-        if spec != self.specs.get(spec.name):
+        noted = self.specs.get(spec.name)
+        if spec != noted or spec != self._growing.get(spec.name, noted):
             return True
         # One that is stopped is placed when it is started.
         return disk.desired != "stopped" and _is_misplaced(disk, places)

@@ -207,7 +207,6 @@ class Controller:
         """Drain and stop a disk; it stays known."""
         disk = self._changeable(name, done)
         if disk is not None:
-            self._configured.stops(disk)  # or what the config says would start it again
             disk.want("stopped", self._when_saved(done))
 
     def remove(self, name: str, done: Done) -> None:
@@ -360,6 +359,8 @@ class Controller:
         self._on_settled(None)
 
     def _on_settled(self, disk: DiskControl | None) -> None:
+        if disk is not None and disk.desired == "stopped":
+            self._configured.stopped(disk)
         if disk is not None and disk.desired == "gone":
             if self._disks.get(disk.spec.name) is disk:
                 del self._disks[disk.spec.name]

@@ -119,8 +119,9 @@ class DiskControl:
             log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
 
     def _grow(self, size: int) -> None:
-        due = self.rising and size == self.wanted_size != self.spec.options.get("size", 0)
-        if due and size >= self._shares.geometry.size:
+        larger = size != self.spec.options.get("size", 0) and size >= self._shares.geometry.size
+        # What another resize leaves may be smaller.
+        if self.rising and size == self.wanted_size and (larger or self._resize is not None):
             try:
                 self.resize(size, partial(self._report_resize, size))
             except OSError:  # not yet
@@ -373,8 +374,7 @@ class DiskControl:
             then()
 
         def refused(error: Exception) -> None:
-            # A stop has said what it will be when it is started again.
-            self.spec = self.spec.with_size(resize.before) if self.rising else self.spec
+            self.spec = self.spec.with_size(resize.before)
             self._resize, self._link.fitted = replace(resize, refusal=error), False
 
         def finish(error: Exception | None) -> None:

@@ -195,6 +195,97 @@ def test_what_the_config_says_is_not_forgotten_for_a_resize_that_fails(
     assert device_of(hosts, "moves").size == 8 * MIB
 
 
+def test_what_the_config_takes_back_is_not_asked_for_again(
+    hosts: Hosts, controller: Controller
+) -> None:
+    """Nor does it undo what an operator asked for after that."""
+    hosts.host.store.sizes_max["moves"] = 4 * MIB
+    for size in (8 * MIB, MIB):
+        hosts.configure("moves", options={"size": size})
+        controller.reload(lambda _: None)
+        hosts.let_pass(1)
+    hosts.host.store.sizes_max["moves"] = 8 * MIB
+    answers: list[Exception | None] = []
+    controller.stop("moves", answers.append)
+    controller.start("moves", answers.append)
+    hosts.let_pass(10)
+    assert device_of(hosts, "moves").size == MIB
+    controller.resize("moves", MIB // 2, answers.append)
+    hosts.let_pass(1)
+    controller.reload(lambda _: None)
+    hosts.service.die()
+    hosts.let_pass(30)
+    assert device_of(hosts, "moves").size == MIB // 2
+
+
+def test_what_the_config_takes_back_before_it_can_be_is_not_done(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.await_true(lambda: hosts.states()["moves"] == "starting")
+    for size in (8 * MIB, MIB):
+        hosts.configure("moves", options={"size": size})
+        controller.reload(lambda _: None)
+        hosts.let_pass(0.05)
+    hosts.let_pass(20)
+    assert device_of(hosts, "moves").size == MIB
+
+
+def test_a_reload_in_the_middle_of_a_cut_has_the_last_word(
+    hosts: Hosts, controller: Controller
+) -> None:
+    controller.resize("plain", 8 * MIB, lambda _: None)
+    hosts.let_pass(1)
+    slow = hosts.worker(controller.disk("plain").cores[0])
+    slow.send_signal(signal.SIGSTOP)
+    controller.resize("plain", MIB // 2, lambda _: None)
+    hosts.configure("plain", options={"size": 4 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(0.5)
+    slow.send_signal(signal.SIGCONT)
+    hosts.let_pass(5)
+    assert controller.disk("plain").size == 4 * MIB
+
+
+def test_what_the_config_says_is_tried_again_after_a_stop_and_a_start_at_once(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.host.store.sizes_max["plain"] = 4 * MIB
+    hosts.configure("plain", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(1)
+    hosts.host.store.sizes_max["plain"] = 8 * MIB
+    controller.stop("plain", lambda _: None)
+    controller.start("plain", lambda _: None)
+    hosts.let_pass(10)
+    controller.reload(lambda _: None)
+    hosts.let_pass(10)
+    assert controller.disk("plain").size == 8 * MIB
+
+
+def test_a_cut_that_is_refused_while_the_disk_stops_is_not_done_by_its_next_start(
+    hosts: Hosts, controller: Controller, on_a_device: None
+) -> None:
+    for application in hosts.applications:
+        application.finish()
+    hosts.let_pass(5)
+    leader = hosts.worker(controller.disk("wide").cores[0])
+    leader.send_signal(signal.SIGSTOP)
+    hosts.host.faults.short = ("a resize is refused",)
+    answers: list[Exception | None] = []
+    controller.resize("wide", MIB // 2, answers.append)
+    hosts.await_true(lambda: device_of(hosts, "wide").size == MIB // 2)
+    hosts.let_pass(0.1)
+    controller.stop("wide", lambda _: None)
+    leader.send_signal(signal.SIGCONT)
+    hosts.let_pass(10)
+    assert answers != [None]
+    hosts.host.faults.short = ()
+    controller.start("wide", lambda _: None)
+    hosts.let_pass(10)
+    assert controller.disk("wide").size == MIB
+
+
 def test_what_the_config_says_is_not_asked_for_again_when_a_resize_overruled_it(
     hosts: Hosts, controller: Controller
 ) -> None:
