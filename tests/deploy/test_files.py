@@ -17,6 +17,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, with its notes in `tmp_path`."""
     module = load("files", monkeypatch)
     monkeypatch.setattr(module, "CONFIG", tmp_path / "disks.yaml")
+    monkeypatch.setattr(module, "RELEASES", tmp_path / "home/releases")
     monkeypatch.setattr(module, "TAKEN", tmp_path / "taken.json")
     return module
 
@@ -36,6 +37,10 @@ def test_files_and_links_are_placed_once(files: ModuleType, tmp_path: Path) -> N
     assert (tmp_path / "etc/system/unit").read_text() == "second"
     assert (tmp_path / "etc/system/unit").stat().st_mode & 0o777 == 0o644
     assert (tmp_path / "sbin/program").readlink() == Path("/opt/program")
+    (tmp_path / "unit").unlink()
+    with pytest.raises(OSError, match="unit"):
+        files.place(*arguments, "change")
+    assert (tmp_path / "etc/system/unit").read_text() == "second"
 
 
 def test_what_was_made_is_removed_once(files: ModuleType, tmp_path: Path) -> None:
@@ -52,6 +57,27 @@ def test_what_was_made_is_removed_once(files: ModuleType, tmp_path: Path) -> Non
     assert files.remove(paths, "change") == made
     assert not any(os.path.lexists(path) for path in made)
     assert files.remove(paths, "change") == []
+
+
+def test_a_release_that_is_removed_in_part_is_not_taken_for_a_whole_one(
+    files: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor stays what a killed run has left beside a file."""
+    mark, rest = (tmp_path / "home/releases/1" / name for name in ("installed", "lib"))
+    mark.parent.mkdir(parents=True)
+    for path in (mark, rest, tmp_path / ".unit.new", tmp_path / "unit"):
+        path.touch()
+
+    def die(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.shutil, "rmtree", die)
+    paths = json.dumps([str(tmp_path / "unit"), str(tmp_path / "home")])
+    with pytest.raises(KeyboardInterrupt):
+        files.remove(paths, "change")
+    assert rest.exists()
+    assert not mark.exists()
+    assert not (tmp_path / ".unit.new").exists()
 
 
 def test_what_changed_since_the_service_took_it_is_untaken(
@@ -71,6 +97,26 @@ def test_what_changed_since_the_service_took_it_is_untaken(
     link.unlink()
     link.symlink_to("two")
     assert files.untaken(names) == [str(link)]
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_service_that_was_made_by_hand_can_be_put_back(
+    files: ModuleType, tmp_path: Path, *, runs: bool
+) -> None:
+    files.RUNS = ("true" if runs else "false",)
+    unit, late = tmp_path / "unit", tmp_path / "late"
+    names = json.dumps([str(unit), str(late)])
+    unit.write_text("by hand")
+    assert files.begin(names, "check") == [str(unit)]
+    assert not files.TAKEN.exists()
+    begun = [str(unit), str(late)] if runs else [str(unit)]
+    assert files.begin(names, "change") == begun
+    unit.write_text("second")
+    late.touch()
+    assert files.begin(names, "change") == [str(unit), str(late)]  # as an interrupted run left it
+    assert files.restore() == ([str(unit), str(late)] if runs else None)
+    assert unit.read_text() == ("by hand" if runs else "second")
+    assert late.exists() != runs
 
 
 def test_what_the_service_took_can_be_put_back(files: ModuleType, tmp_path: Path) -> None:

@@ -294,7 +294,20 @@ def test_old_releases_are_those_beside_the_current_and_the_youngest(host: Module
         mark = host.RELEASES / name / "installed"
         mark.touch()
         os.utime(mark, (1000 - age, 1000 - age))
-    (host.RELEASES / "unfinished").mkdir()
+    (host.RELEASES / "by-hand").mkdir()
     current = str(host.RELEASES / "current")
     assert [Path(path).name for path in host.old(current, "1")] == ["old", "older"]
     assert host.old(current, "3") == []
+
+
+def test_what_an_interrupted_run_left_of_a_release_is_old_unless_it_is_used(
+    host: ModuleType, tmp_path: Path
+) -> None:
+    for name in ("1.0-01234567", "1.1-89abcdef", "1.2-01234567"):
+        (host.RELEASES / name / "wheels").mkdir(parents=True)
+    (tmp_path / "proc/7").mkdir(parents=True)
+    line = f"7f00 r-xp 0 08:01 1 {host.RELEASES}/1.1-89abcdef/lib/yaml.so"
+    (tmp_path / "proc/7/maps").write_text(f"{line}\n")
+    host.PROC = tmp_path / "proc"
+    current = host.RELEASES / "1.2-01234567"
+    assert host.old(str(current), "1") == [str(host.RELEASES / "1.0-01234567")]

@@ -1,6 +1,8 @@
 """What the role does to the files of a host, each in one step; prints JSON.
 
 files.py place PREFIX COPIES LINKS MODE [path, ...] that it changed, or with MODE check would
+files.py begin FILES MODE               notes what a service runs with that the role did not make,
+                                        unless with MODE check; prints what `untaken` does
 files.py untaken FILES                  files that are not as the service took them: [path, ...]
 files.py taken FILES                    notes that the service took them as they are: null
 files.py restore                        puts back what it took last: [path, ...] that was not so;
@@ -17,24 +19,29 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 CONFIG = Path("/etc/nbd-reactor/disks.yaml")
+RELEASES = Path("/opt/nbd-reactor/releases")
+RUNS = ("systemctl", "is-active", "--quiet", "nbd-reactor.service", "nbd-reactor@*.service")
 TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to content
 
 
 def place(prefix: str, copies: str, links: str, mode: str) -> list[str]:
     """Copy and link what a release has for the host; return the targets that were not so."""
     changed = []
+    contents = {
+        target: Path(prefix, source).read_bytes() for target, source in json.loads(copies).items()
+    }
     for target, source in json.loads(links).items():
         if not (Path(target).is_symlink() and str(Path(target).readlink()) == source):
             changed.append(target)
             if mode != "check":
                 replace(Path(target), lambda new, source=source: new.symlink_to(source))
-    for target, source in json.loads(copies).items():
-        content = read(Path(prefix, source))
+    for target, content in contents.items():
         if read(Path(target)) != content:
             changed.append(target)
             if mode != "check":
@@ -46,16 +53,32 @@ def replace(target: Path, make: Callable[[Path], object]) -> None:
     """Make a file beside the target, and put it in its place in one step."""
     os.umask(0o022)
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f".{target.name}.new")
+    new = beside(target)
     new.unlink(missing_ok=True)
     make(new)
     new.replace(target)
+
+
+def beside(target: Path) -> Path:
+    """Return where a file is made before it is put in its place."""
+    return target.with_name(f".{target.name}.new")
 
 
 def write(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write a file that all may read, unless `mode` says otherwise."""
     path.write_bytes(content)
     path.chmod(mode)
+
+
+def begin(files: str, mode: str) -> list[str]:
+    """Note the files of a service that runs and of which nothing is noted; return `untaken`.
+
+    Somebody made it by hand, and may have changed them since it was started.
+    """
+    names = json.loads(files)
+    if mode != "check" and not notes()[0] and subprocess.run(RUNS, check=False).returncode == 0:
+        note({name: content(Path(name)) for name in names}, names)
+    return untaken(files)
 
 
 def untaken(files: str) -> list[str]:
@@ -136,7 +159,13 @@ def remove(paths: str, mode: str) -> list[str]:
         for path in map(Path, json.loads(paths))
         if os.path.lexists(path) and not (path.is_mount() and not any(path.iterdir()))
     ]
-    for path in found if mode != "check" else ():
+    if mode == "check":
+        return [*map(str, found)]
+    for mark in RELEASES.glob("*/installed"):
+        mark.unlink()  # first: of a release nothing is missing while it has its mark
+    for path in map(Path, json.loads(paths)):
+        beside(path).unlink(missing_ok=True)  # of a run that was killed
+    for path in found:
         empty(path)
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -164,9 +193,13 @@ if __name__ == "__main__":
         sys.exit("root is needed: run the play with become: true")
     steps: dict[str, Callable[..., object]] = {
         "place": place,
+        "begin": begin,
         "untaken": untaken,
         "taken": taken,
         "restore": restore,
         "remove": remove,
     }
-    print(json.dumps(steps[sys.argv[1]](*sys.argv[2:])))
+    try:
+        print(json.dumps(steps[sys.argv[1]](*sys.argv[2:])))
+    except OSError as error:
+        sys.exit(str(error))

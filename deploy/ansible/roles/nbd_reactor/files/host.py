@@ -243,12 +243,16 @@ def releases() -> dict[str, list[str]]:
 
 
 def old(current: str, kept: str) -> list[str]:
-    """Return the releases beside `current` that are not among the `kept` youngest, nor used."""
+    """Return the releases beside `current` that are not among the `kept` youngest, nor used.
+
+    Of what interrupted runs left, which has no mark, nothing is kept; by hand none has `wheels`.
+    """
     marks = sorted(RELEASES.glob("*/installed"), key=lambda mark: mark.stat().st_mtime)
-    parents = (mark.parent for mark in reversed(marks))
-    others = [parent for parent in parents if parent.resolve() != Path(current).resolve()]
-    used_now = releases()
-    return [str(path) for path in others[int(kept) :] if path.name not in used_now]
+    whole = [mark.parent for mark in reversed(marks)]
+    parts = [wheels.parent for wheels in RELEASES.glob("*/wheels") if wheels.parent not in whole]
+    stay = {Path(current).resolve(), *(RELEASES.resolve() / name for name in releases())}
+    others = [path for path in whole if path.resolve() != Path(current).resolve()]
+    return [str(path) for path in others[int(kept) :] + parts if path.resolve() not in stay]
 
 
 def answer(*command: str) -> str:
