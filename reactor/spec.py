@@ -112,6 +112,10 @@ class DiskSpec:
             return self
         return replace(self, options={**self.options, "size": size})
 
+    def same_size(self, other: DiskSpec) -> bool:
+        """Whether both name the same size, or none."""
+        return self.options.get("size") == other.options.get("size")
+
     @property
     def storage(self) -> dict[str, Any]:
         """What says which data are meant, whatever size they should have."""

@@ -34,7 +34,6 @@ class Configured:
         self.specs: dict[str, DiskSpec] = {}
         self.successors: dict[str, Successor] = {}
         self.places: Mapping[str, Placement] = {}  # of all disks, as it was read again last
-        self._growing: dict[str, DiskSpec] = {}  # what it says of disks whose size is on its way
         self._platform = platform
         self._disks = disks
 
@@ -104,7 +103,7 @@ class Configured:
                 continue
             if disk.desired == "gone" or self._differs(disk, spec, self.places):
                 self._change(disk, spec, disk.obstacle)
-            elif disk.state == "failed" and disk.desired == "online":
+            elif (disk.state == "failed" or disk.due) and disk.desired == "online":
                 disk.want("online")  # but one whose storage was removed waits for `start`
         for spec in new:  # who has their addresses or devices is on the way to let go
             self.note(spec.name, spec)
@@ -118,22 +117,8 @@ class Configured:
         beside = [(d.spec, d.placement) for d in self._disks.values() if d.desired != "gone"]
         return place_anyhow(spec, beside, machine)
 
-    def overruled(self, disk: DiskControl) -> None:
-        """Note that a disk needs the size no more that the config says."""
-        spec = self._growing.pop(disk.spec.name, None)
-        if spec is not None:
-            self.note(spec.name, spec)
-
-    def stopped(self, disk: DiskControl) -> None:
-        """Leave to the disk's next start the size that the config says."""
-        spec = self._growing.get(disk.spec.name)
-        if spec is not None and spec.options.get("size", 0) == disk.wanted_size:
-            disk.spec = disk.spec.with_size(disk.wanted_size)
-            self.overruled(disk)
-
     def removed(self, disk: DiskControl) -> None:
         """Note that a disk goes, whatever the config said of it."""
-        self.overruled(disk)
         self.successors.pop(disk.spec.name, None)
 
     def is_succeeded(self, disk: DiskControl) -> bool:
@@ -149,7 +134,6 @@ class Configured:
                 continue
             self.note(name, None)
             self.successors.pop(name, None)
-            self._growing.pop(name, None)
             if disk is not None:
                 disk.want("gone")
 
@@ -160,23 +144,31 @@ class Configured:
 
     def _change(self, disk: DiskControl, spec: DiskSpec, why_not: str) -> None:
         """Make `disk` what `spec` says, in place or by a new one."""
-        name, wanted = spec.name, self._wanted(disk, spec)
+        name, before, wanted = spec.name, self.specs.get(spec.name), self._wanted(disk, spec)
+        resized = before is None or not spec.same_size(before)
         if why_not:
             self._leave(disk, why_not)
         elif disk.desired == "gone" or not self._in_place(disk, wanted, self.places):
             log.info("disk %s is stopped, and made anew as the config says now", name)
-            self._growing.pop(name, None)
             self.note(name, spec)
-            self.successors[name] = Successor(wanted, self._desired(disk))
+            self.successors[name] = self._successor(disk, wanted, resized=resized)
             disk.want("gone")
         else:
-            # A size is noted when it is there; what is asked for meanwhile may be a smaller one.
-            size = disk.spec.options.get("size", 0)
-            self._growing[name] = spec
-            self.note(name, spec.with_size(size))
-            if wanted.options.get("size", 0) <= min(size, disk.wanted_size):
-                self.overruled(disk)
-            disk.change(wanted)
+            self.note(name, spec)
+            disk.change(wanted, resized=resized)
+
+    def _successor(self, disk: DiskControl, wanted: DiskSpec, *, resized: bool) -> Successor:
+        """Return what takes the place of `disk`: what it has stays, should it not grow."""
+        earlier, desired = self.successors.get(wanted.name), self._desired(disk)
+        running, due = (disk.spec, disk.due) if earlier is None else (earlier.spec, earlier.due)
+        stays = disk.is_made and (disk.desired != "gone" or earlier is not None)
+        if not stays or not wanted.same_storage(running) or "size" not in running.options:
+            return Successor(wanted, desired)
+        size = running.options["size"]
+        if resized:
+            asked = wanted.options.get("size", size)
+            due = asked if asked > size else 0
+        return Successor(wanted.with_size(size), desired, due)
 
     def _wanted(self, disk: DiskControl, spec: DiskSpec) -> DiskSpec:
         """Return `spec`, which the config has, with what was changed at run time."""
@@ -184,10 +176,7 @@ class Configured:
         if disk.desired == "gone" and successor is None:
             return spec
         running = disk.wish.answered_spec if successor is None else successor.spec
-        if spec == before:
-            return running
-        same_device = before is not None and spec.device == before.device
-        return spec.with_device(running.device) if same_device else spec
+        return running if spec == before else reconfigured(running, before, spec)
 
     def _desired(self, disk: DiskControl) -> Desired:
         """Return what comes in the place of `disk` should be: one that was stopped stays so."""
@@ -232,8 +221,7 @@ class Configured:
         return obstacle(uses, disk, wanted, kept, in_place=in_place)
 
     def _differs(self, disk: DiskControl, spec: DiskSpec, places: Mapping[str, Placement]) -> bool:
-        noted = self.specs.get(spec.name)
-        if spec != noted or spec != self._growing.get(spec.name, noted):
+        if spec != self.specs.get(spec.name):
             return True
         # One that is stopped is placed when it is started.
         return disk.desired != "stopped" and _is_misplaced(disk, places)
@@ -248,8 +236,7 @@ def _can_become(disk: DiskControl, spec: DiskSpec) -> bool:
     """Whether only its device, its listeners or its size differ."""
     here = replace(disk.spec, device=spec.device, listen=spec.listen)
     return here == spec or (
-        disk.rising
-        and "size" in here.options.keys() & spec.options.keys()
+        "size" in here.options.keys() & spec.options.keys()
         and here == spec.with_size(here.options["size"])
     )
 

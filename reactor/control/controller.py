@@ -75,7 +75,6 @@ class Controller:
             self._save,
             self._saving.soon,
             self._on_settled,
-            self._configured.overruled,
             lambda: self._holding,
             self._neighbours.rivals.listens,
             self._neighbours.hindrance,
@@ -99,7 +98,7 @@ class Controller:
         platform, saved = self._platform, saved or SavedState(complete=False)
         if specs is not None and saved.wishes and not saved.complete:
             saved = saved.as_held(specs, platform.held(prefix(platform.instance)))
-        self._took_over = bool(saved.wishes)
+        left = {name for _, name in platform.leftovers()}
         before = saved.configured
         now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
         wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
@@ -129,8 +128,8 @@ class Controller:
                 self._configured.note(spec.name, spec)
                 disk = self._add(replace(saved_wish, spec=spec, former=leaving))
             if device is not None:  # also one that it is to leave: in order, and written back
-                self._took_over = True
                 disk.adopt(device)
+            self._took_over |= spec.name in known | left or device is not None
         self._save()
         self._left_devices.detach([disk.spec for disk in self._disks.values() if disk.path])
         self._workforce.begin()
@@ -359,8 +358,6 @@ class Controller:
         self._on_settled(None)
 
     def _on_settled(self, disk: DiskControl | None) -> None:
-        if disk is not None and disk.desired == "stopped":
-            self._configured.stopped(disk)
         if disk is not None and disk.desired == "gone":
             if self._disks.get(disk.spec.name) is disk:
                 del self._disks[disk.spec.name]
@@ -381,7 +378,7 @@ class Controller:
         spec, same = successor.spec, successor.spec.same_storage(disk.spec)
         placement = self._configured.place_of(spec, self._machine)
         made = disk.wish.made if same else 0
-        wish = Wish(spec, placement, successor.desired, made=made)
+        wish = Wish(spec, placement, successor.desired, made=made, due=successor.due)
         added = self._add(wish, known=same and disk.has_storage)
         self._saving.soon(added.step)
 

@@ -18,6 +18,7 @@ from reactor.attach.device import Device
 from reactor.control.answers import Answers
 from reactor.control.errand import Errand
 from reactor.control.host import Host
+from reactor.control.leftovers import discard
 from reactor.control.link import DeviceLink
 from reactor.control.resize import Resize
 from reactor.control.saved import Desired, Wish
@@ -25,12 +26,11 @@ from reactor.control.service import DiskState, DiskStatus, Done
 from reactor.control.shares import OPEN_SECONDS, Share, Shares
 from reactor.control.waiting import Waiting
 from reactor.control.workers import WorkerProcess
-from reactor.errors import ReactorError, error_number, is_shortage, reason
+from reactor.errors import ReactorError, is_shortage, reason
 from reactor.log import logger
 from reactor.messages import Message
 from reactor.spec import Address, DiskSpec
 
-RESIZE_RETRY_SECONDS: Final = 0.2
 SHORTAGE_SECONDS: Final = 1.0
 
 log = logger(__name__)
@@ -51,7 +51,7 @@ class DiskControl:
         self.placement = placement = wish.placement
         self.desired: Desired = wish.desired
         self.forced = False  # stop without writing back
-        self.wanted_size = spec.options.get("size", 0)  # bytes, by the newest config or resize
+        self.due = wish.due  # bytes that the config asks for, if it does not have as many yet
         self.obstacle = ""  # why it is not as the config says
         self._made = wish.made  # 0: its storage may be made anew, should it be gone
         self.failure: Exception | None = None
@@ -74,6 +74,7 @@ class DiskControl:
         self._left: Exception | None = None  # why what it kept could not be removed
         self._attaching: Callable[[str | Exception], None] | None = None
         self._resize: Resize | None = None
+        self._grows = bool(wish.due)  # as soon as it can
 
     # --- what front ends ask ---
 
@@ -84,7 +85,7 @@ class DiskControl:
             self._again(done, desired)
             return
         if desired == "online":
-            self.failure, self._hot = None, False
+            self.failure, self._hot, self._grows = None, False, bool(self.due)
             self._link.forgive()
             self._shares.forgive()
         self._again_online = False
@@ -93,18 +94,22 @@ class DiskControl:
         self._hot = self._hot or hot
         self._again(done, desired)
 
-    def change(self, spec: DiskSpec) -> None:
-        """Become `spec`, in which only device, listeners or size differ, in place."""
+    def change(self, spec: DiskSpec, *, resized: bool) -> None:
+        """Become `spec`, in which only device, listeners and, if `resized`, size differ."""
         self._answer_attach(OSError(errno.ECANCELED, "the config of the disk has changed"))
-        size, shown = spec.options.get("size", 0), self._shares.geometry.size
-        self.wanted_size = size
+        if resized:
+            size = spec.options.get("size", 0)
+            if not self.is_made:
+                self.spec = self.spec.with_size(size)
+            has = self.spec.options.get("size", 0)
+            if size < has:
+                log.warning("disk %s keeps its %d bytes: only `resize` cuts", self.spec.name, has)
+            # A resize that is under way may leave less.
+            self.due = size if size > min(has, self._resize.size if self._resize else has) else 0
         self.spec = replace(self.spec, device=spec.device, listen=spec.listen)
         self._shares.listen = spec.listen
         self._host.listens(self, spec.listen)
-        if size < shown and size != self.spec.options.get("size", 0):
-            log.warning("disk %s keeps its %d bytes: only `resize` cuts", self.spec.name, shown)
         self.want("stopped" if self.desired == "stopped" else "online")
-        self._grow(size)
 
     def attach(self, device: str, done: Callable[[str | Exception], None]) -> None:
         """Attach to `device`, if there is no `attach_refusal`."""
@@ -118,15 +123,13 @@ class DiskControl:
         if error is not None and self.spec.options.get("size", 0) != size:
             log.error("disk %s keeps its size: %s", self.spec.name, reason(error))
 
-    def _grow(self, size: int) -> None:
-        larger = size != self.spec.options.get("size", 0) and size >= self._shares.geometry.size
-        # What another resize leaves may be smaller.
-        if self.rising and size == self.wanted_size and (larger or self._resize is not None):
-            try:
-                self.resize(size, partial(self._report_resize, size))
-            except OSError:  # not yet
-                again = partial(self._grow, size)
-                self._host.platform.reactor.call_later(RESIZE_RETRY_SECONDS, again)
+    def _grow(self) -> None:
+        self._grows = False
+        if self.due > self._shares.geometry.size:
+            self.resize(self.due, partial(self._report_resize, self.due))
+        else:
+            self.due = 0
+            self.step()  # that is saved first
 
     def detach(self, done: Done) -> None:
         """Give up the device; the disk stays."""
@@ -140,8 +143,7 @@ class DiskControl:
         if now != "online":
             raise OSError(errno.EBUSY, f"disk {self.spec.name} is {now}")
         before, shown = self.spec.options.get("size", size), self._shares.geometry.size
-        self._resize = Resize(size, done, before, shown)
-        self.wanted_size = size  # no earlier reload undoes it
+        self._resize = Resize(size, done, before, shown, self.due)
         self._again(None)
 
     # --- what it is ---
@@ -155,7 +157,7 @@ class DiskControl:
     def wish(self) -> Wish:
         """What it should be."""
         former = tuple(core for core, w in self._former.items() if not w or w.unknown)
-        rest = self.desired, self._hot, former, self._made, self._attaching is not None
+        rest = self.desired, self._hot, former, self._made, self._attaching is not None, self.due
         return Wish(self.spec, self.placement, *rest)
 
     @property
@@ -212,7 +214,8 @@ class DiskControl:
         if former and self.state != "online":
             return f"waits for the end of the worker of core {former}, which may have it open"
         if self.rising:
-            return self._shares.shortcoming() or self._waiting.reason or self.obstacle
+            grows = f"has yet to grow to {self.due} bytes" if self.due else ""
+            return self._shares.shortcoming() or self._waiting.reason or self.obstacle or grows
         waits = self._is_unwritten() and not self._shares.opened
         return f"waits for a worker to write back {self.path}" if waits else ""
 
@@ -272,7 +275,9 @@ class DiskControl:
         """Go on with a resize that a dead controller began; what it did not cut is not cut."""
         wanted = self.spec.options.get("size", size)
         if wanted > size:
-            self._resize = Resize(wanted, partial(self._report_resize, wanted), size, size)
+            self._resize = Resize(
+                wanted, partial(self._report_resize, wanted), size, size, self.due
+            )
         else:
             self.spec = self.spec.with_size(size)
 
@@ -381,8 +386,7 @@ class DiskControl:
             self._resize = None
             self._made = resize.size if error is None else self._made
             self._link.fitted &= error is None  # else the kernel may have another size
-            if resize.size == self.wanted_size:
-                self._host.on_resized(self)
+            self.due = 0 if self.due == resize.overrules else self.due
             resize.done(error)
 
         resize.begin(self._link, self._shares, keep=keep, refused=refused, finish=finish)
@@ -405,7 +409,7 @@ class DiskControl:
                     self._made = 0
                     self.step()  # that is saved first
                     return
-                self._discard()
+                self._left = discard(self._host.platform, self.spec)
             self._settle()
 
     def _writes_back(self) -> bool:
@@ -423,13 +427,6 @@ class DiskControl:
             link.release(device, write_back=self._writes_back())
         elif not link.reconnect(device):
             self._shares.open_next(self.spec, self._made)
-
-    def _discard(self) -> None:
-        try:
-            self._host.platform.discard(self.spec.backend, self.spec.name)
-        except (OSError, ReactorError) as error:
-            log.error(why := f"what disk {self.spec.name} kept cannot be removed: {reason(error)}")
-            self._left = OSError(error_number(error), why)
 
     # --- waiting and answering ---
 
@@ -476,6 +473,9 @@ class DiskControl:
         if self._again_online:
             self._again_online = False
             self.want("online")
+            return
+        if self._grows and self.rising and self._resize is None:
+            self._grow()
             return
         self._waiting.end()
         if self.settled:

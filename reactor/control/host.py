@@ -21,7 +21,6 @@ class Host:
     save: Callable[[], None]  # keep what the disks should be, before anything is done for it
     save_soon: Callable[[Callable[[], None]], None]  # ... with others; and what goes on then
     on_settled: Callable[[DiskControl], None]  # a disk is what it should be, or failed
-    on_resized: Callable[[DiskControl], None]  # a disk has the size that was asked for last
     holding: Callable[[], bool]  # no disk goes on before all know what they will be
     listens: Callable[[DiskControl, Iterable[Address]], None]  # a disk does, or will, there
     hindrance: Callable[[DiskControl], str]  # what it must wait for before it is opened

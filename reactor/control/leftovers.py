@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 from functools import partial
 
-from backends import registry
 from reactor.control import tags
 from reactor.control.link import DETACH_SECONDS
 from reactor.control.platform import Platform
-from reactor.errors import ReactorError, reason
+from reactor.errors import ReactorError, error_number, reason
 from reactor.log import logger
 from reactor.spec import DiskSpec
 
@@ -54,18 +53,22 @@ class LeftDevices:
         self._on_end()
 
 
-def report(instance: str, disks: Container[str]) -> None:
+def report(platform: Platform, disks: Container[str]) -> None:
     """Name the disks, other than `disks`, of which data is left; only they may use it again."""
-    for backend in registry.names():
-        try:
-            names = registry.backend(backend).leftovers(instance)
-        except ReactorError as error:
-            log.debug("%s", error)
-            continue
-        for name in names:
-            if name not in disks:
-                log.warning(
-                    "a dead service left data of the %s disk %s: make that disk again to use"
-                    " the data, or to remove it",
-                    *(backend, name),
-                )
+    for backend, name in platform.leftovers():
+        if name not in disks:
+            log.warning(
+                "a dead service left data of the %s disk %s: make that disk again to use"
+                " the data, or to remove it",
+                *(backend, name),
+            )
+
+
+def discard(platform: Platform, spec: DiskSpec) -> OSError | None:
+    """Remove what a disk kept outside its workers; returns why that cannot be."""
+    try:
+        platform.discard(spec.backend, spec.name)
+    except (OSError, ReactorError) as error:
+        log.error(why := f"what disk {spec.name} kept cannot be removed: {reason(error)}")
+        return OSError(error_number(error), why)
+    return None

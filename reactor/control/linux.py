@@ -15,6 +15,8 @@ from reactor.control.launcher import Launcher
 from reactor.control.platform import Bus, Call, Process, Survivor
 from reactor.control.process import WatchedProcess
 from reactor.control.runtime import RuntimeDir
+from reactor.errors import ReactorError
+from reactor.log import logger
 from reactor.loop import Reactor
 from reactor.messages import Message, encode
 from reactor.options import Options
@@ -27,6 +29,8 @@ SOCKET_BUFFER_OF_SWAP: Final = 64 << 10
 SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h; Python does not name it
 
 Result = TypeVar("Result")
+
+log = logger(__name__)
 
 
 class Linux:
@@ -116,6 +120,17 @@ class Linux:
 
     def outdate(self) -> None:
         self._runtime.outdate()
+
+    def leftovers(self) -> list[tuple[str, str]]:
+        found: list[tuple[str, str]] = []
+        for backend in registry.names():
+            try:
+                names = registry.backend(backend).leftovers(self.instance)
+            except ReactorError as error:
+                log.debug("%s", error)
+            else:
+                found += [(backend, name) for name in names]
+        return found
 
     def discard(self, backend: str, disk: str) -> None:
         registry.backend(backend).discard(disk, self.instance)

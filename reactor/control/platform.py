@@ -148,5 +148,8 @@ class Platform(Protocol):
     def outdate(self) -> None:
         """Have the next controller know that what it finds is not all."""
 
+    def leftovers(self) -> list[tuple[str, str]]:
+        """Return each backend and disk of which there is data outside its workers."""
+
     def discard(self, backend: str, disk: str) -> None:
         """Remove what a disk keeps outside its workers; raises OSError or ReactorError."""

@@ -19,6 +19,7 @@ class Resize:
     done: Done
     before: int  # the size that the spec named
     shown: int  # ... and that the disk had
+    overrules: int  # what the config had asked for by then; 0: no more than it had
     refusal: Exception | None = None  # why nothing changes; all must show their size again
 
     def geometry(self, shares: Shares) -> Geometry:

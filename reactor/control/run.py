@@ -69,7 +69,7 @@ def run(options: Options) -> int:
         feed_watchdog(reactor)
         extend_start(reactor, lambda: controller.ready)
         controller.begin(saved, specs)
-        leftovers.report(runtime.instance, {disk.spec.name for disk in controller.disks()})
+        leftovers.report(linux, {disk.spec.name for disk in controller.disks()})
         reactor.run()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if not controller.keeps:

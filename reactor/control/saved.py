@@ -40,6 +40,7 @@ class Wish:
     former: tuple[int, ...] = ()  # other cores, of whose workers one may still have it open
     made: int = 0  # bytes that its storage had when it was last open; 0: it may be made
     attaching: bool = False  # to a device that was asked for at run time, for the first time
+    due: int = 0  # bytes that the config asks for, if it does not have as many yet
 
     @property
     def answered_spec(self) -> DiskSpec:
@@ -53,6 +54,7 @@ class Successor:
 
     spec: DiskSpec
     desired: Desired = "online"
+    due: int = 0  # as of a wish
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +116,13 @@ class SavedState:
                     "former": list(wish.former),
                     "made": wish.made,
                     "attaching": wish.attaching,
+                    "due": wish.due,
                 }
                 for wish in self.wishes
             ],
             "successors": [each.spec.to_message() for each in self.successors.values()],
             "stopped": [n for n, each in self.successors.items() if each.desired == "stopped"],
+            "due": {name: each.due for name, each in self.successors.items()},
             "configured": [spec.to_message() for spec in self.configured.values()],
         }
         text = json.dumps(content)
@@ -143,8 +147,9 @@ def decode(data: bytes, instance: str, boot: str) -> SavedState:
     if content.get("boot") != boot:
         wishes = (replace(wish, made=0) for wish in wishes)
     stopped = content.get("stopped", ())  # an older release made them all online
+    due = content.get("due", {})
     successors = {
-        name: Successor(spec, "stopped" if name in stopped else "online")
+        name: Successor(spec, "stopped" if name in stopped else "online", due.get(name, 0))
         for name, spec in _by_name(content["successors"]).items()
     }
     return SavedState(tuple(wishes), successors, _by_name(content["configured"]))
@@ -160,20 +165,19 @@ def _wish(plain: Mapping[str, Any]) -> Wish:
     spec, former = DiskSpec.from_message(plain["spec"]), tuple(plain["former"])
     # An older release did not know these.
     made, attaching = plain.get("made", 0), plain.get("attaching", False)
-    return Wish(spec, placement, plain["desired"], plain["hot"], former, made, attaching)
+    due = plain.get("due", 0)
+    return Wish(spec, placement, plain["desired"], plain["hot"], former, made, attaching, due)
 
 
 def reconfigured(running: DiskSpec, before: DiskSpec | None, now: DiskSpec) -> DiskSpec:
-    """Return `now`, as the config has it, with what was changed at run time since `before`.
-
-    The larger of two sizes counts: nothing but `resize` cuts a disk.
-    """
-    if before is not None and now.device == before.device:
-        now = now.with_device(running.device)
-    if not now.same_storage(running) or "size" not in running.options:
+    """Return `now`, as the config has it, with what was changed at run time since `before`."""
+    if before is None:
         return now
-    size = running.options["size"]
-    return now.with_size(max(size, now.options.get("size", size)))
+    if now.device == before.device:
+        now = now.with_device(running.device)
+    if "size" in running.options and now.same_storage(running) and now.same_size(before):
+        now = now.with_size(running.options["size"])
+    return now
 
 
 def wishes_at_start(

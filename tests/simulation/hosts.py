@@ -10,6 +10,7 @@ from reactor.control.saved import decode
 from reactor.spec import DiskSpec
 from tests.simulation.application import Application
 from tests.simulation.host import INSTANCE, Host
+from tests.simulation.kernel import KernelDevice
 from tests.simulation.processes import WorkerProcess
 from tests.simulation.service import Service
 from tests.simulation.storage import Storage
@@ -127,3 +128,7 @@ class Hosts:
     def signals(self, number: int, process: WorkerProcess) -> int:
         line = f"{process} gets signal {number}"
         return sum(line in noted for noted in self.world.trace or ())
+
+
+def device_of(hosts: Hosts, disk: str) -> KernelDevice:
+    return next(device for device in hosts.host.driver.configured() if device.disk == disk)

@@ -263,6 +263,10 @@ class SimulatedPlatform:
         """Note that the state is old."""
         self.host.unsaved = True
 
+    def leftovers(self) -> list[tuple[str, str]]:
+        """Return the disks that have memory."""
+        return [("malloc", disk) for disk in self.host.store.memories()]
+
     def discard(self, backend: str, disk: str) -> None:
         """Remove a disk's memory."""
         self._step()

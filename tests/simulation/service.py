@@ -56,7 +56,8 @@ class Service:
         if found is not None and self._host.unsaved:
             found = found.outdated()
         held = {tag(INSTANCE, spec) for spec in self.config} & set(platform.held(prefix(INSTANCE)))
-        self.took_over = bool(held) or (found is not None and bool(found.wishes))
+        left = {spec.name for spec in self.config} & set(self._host.store.memories())
+        self.took_over = bool(held or left) or (found is not None and bool(found.wishes))
         try:
             controller = Controller(self.options, platform, lambda: self.config, {})
             self.controller = controller

@@ -6,28 +6,13 @@ import errno
 import os
 import signal
 from functools import partial
-from typing import Any
 
 import pytest
 
 from reactor.control.controller import Controller
-from reactor.spec import DiskSpec
 from tests.simulation.devices import NetlinkDevice, Waits
-from tests.simulation.hosts import MIB, Hosts
-from tests.simulation.kernel import KernelDevice
-from tests.simulation.worker import ServedDisk, Worker
+from tests.simulation.hosts import MIB, Hosts, device_of
 from tests.simulation.world import NS
-
-
-@pytest.fixture
-def controller(hosts: Hosts) -> Controller:
-    """The controller that runs, until it dies."""
-    assert hosts.service.controller is not None
-    return hosts.service.controller
-
-
-def device_of(hosts: Hosts, disk: str) -> KernelDevice:
-    return next(device for device in hosts.host.driver.configured() if device.disk == disk)
 
 
 @pytest.mark.parametrize("core", [0, 1])
@@ -98,21 +83,6 @@ def test_a_refusal_is_told_when_nobody_shows_the_size_that_was_refused(
     assert device.size == MIB
 
 
-@pytest.fixture
-def on_a_device(hosts: Hosts, controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker shows as much of it as it is told, however large it is."""
-    open_it = ServedDisk.__init__
-
-    def open_part(disk: ServedDisk, worker: Worker, spec: DiskSpec, **rest: Any) -> None:
-        open_it(disk, worker, spec, **rest)
-        disk.size = min(disk.size, spec.options["size"])
-
-    monkeypatch.setattr(ServedDisk, "__init__", open_part)
-    storage = hosts.host.store.find(controller.disk("wide").spec)
-    assert storage is not None
-    storage.size = 4 * MIB
-
-
 @pytest.mark.parametrize("disk", ["moves", "wide"])
 @pytest.mark.parametrize("milliseconds", [0, 1])
 def test_a_service_that_stops_cuts_no_storage_whose_size_it_saves_no_more(
@@ -148,121 +118,6 @@ def test_a_service_that_stops_tells_the_kernel_of_no_block_that_is_not_saved(
     assert hosts.states()["wide"] == "online"
 
 
-def test_what_the_config_says_last_is_not_forgotten_when_a_size_before_is_reached(
-    hosts: Hosts, controller: Controller
-) -> None:
-    device = device_of(hosts, "moves")
-    for size in (5 * MIB, 8 * MIB):
-        hosts.configure("moves", options={"size": size})
-        controller.reload(lambda _: None)
-    hosts.await_true(lambda: device.size == 5 * MIB)
-    hosts.service.die()
-    hosts.let_pass(30)
-    assert device.size == 8 * MIB
-
-
-def test_what_the_config_says_is_not_forgotten_for_a_resize_that_is_refused(
-    hosts: Hosts, controller: Controller
-) -> None:
-    hosts.configure("moves", options={"size": 8 * MIB})
-    answers: list[Exception | None] = []
-    controller.reload(lambda _: None)
-    controller.resize("moves", 6 * MIB, answers.append)
-    assert str(answers) == str([OSError(errno.EBUSY, "disk moves is being resized")])
-    hosts.service.die()
-    hosts.let_pass(30)
-    assert device_of(hosts, "moves").size == 8 * MIB
-
-
-def test_what_the_config_says_is_not_forgotten_for_a_resize_that_fails(
-    hosts: Hosts, controller: Controller
-) -> None:
-    """Neither is what failed tried again: who asked for it was told."""
-    hosts.host.store.sizes_max["moves"] = 4 * MIB
-    hosts.configure("moves", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(1)
-    answers: list[Exception | None] = []
-    controller.resize("moves", 6 * MIB, answers.append)
-    hosts.let_pass(1)
-    assert str(answers) == str([OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
-    hosts.host.store.sizes_max["moves"] = 7 * MIB
-    hosts.let_pass(10)
-    assert device_of(hosts, "moves").size == MIB
-    hosts.host.store.sizes_max["moves"] = 8 * MIB
-    controller.reload(lambda _: None)
-    hosts.let_pass(10)
-    assert device_of(hosts, "moves").size == 8 * MIB
-
-
-def test_what_the_config_takes_back_is_not_asked_for_again(
-    hosts: Hosts, controller: Controller
-) -> None:
-    """Nor does it undo what an operator asked for after that."""
-    hosts.host.store.sizes_max["moves"] = 4 * MIB
-    for size in (8 * MIB, MIB):
-        hosts.configure("moves", options={"size": size})
-        controller.reload(lambda _: None)
-        hosts.let_pass(1)
-    hosts.host.store.sizes_max["moves"] = 8 * MIB
-    answers: list[Exception | None] = []
-    controller.stop("moves", answers.append)
-    controller.start("moves", answers.append)
-    hosts.let_pass(10)
-    assert device_of(hosts, "moves").size == MIB
-    controller.resize("moves", MIB // 2, answers.append)
-    hosts.let_pass(1)
-    controller.reload(lambda _: None)
-    hosts.service.die()
-    hosts.let_pass(30)
-    assert device_of(hosts, "moves").size == MIB // 2
-
-
-def test_what_the_config_takes_back_before_it_can_be_is_not_done(
-    hosts: Hosts, controller: Controller
-) -> None:
-    hosts.worker(1).send_signal(signal.SIGKILL)
-    hosts.await_true(lambda: hosts.states()["moves"] == "starting")
-    for size in (8 * MIB, MIB):
-        hosts.configure("moves", options={"size": size})
-        controller.reload(lambda _: None)
-        hosts.let_pass(0.05)
-    hosts.let_pass(20)
-    assert device_of(hosts, "moves").size == MIB
-
-
-def test_a_reload_in_the_middle_of_a_cut_has_the_last_word(
-    hosts: Hosts, controller: Controller
-) -> None:
-    controller.resize("plain", 8 * MIB, lambda _: None)
-    hosts.let_pass(1)
-    slow = hosts.worker(controller.disk("plain").cores[0])
-    slow.send_signal(signal.SIGSTOP)
-    controller.resize("plain", MIB // 2, lambda _: None)
-    hosts.configure("plain", options={"size": 4 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(0.5)
-    slow.send_signal(signal.SIGCONT)
-    hosts.let_pass(5)
-    assert controller.disk("plain").size == 4 * MIB
-
-
-def test_what_the_config_says_is_tried_again_after_a_stop_and_a_start_at_once(
-    hosts: Hosts, controller: Controller
-) -> None:
-    hosts.host.store.sizes_max["plain"] = 4 * MIB
-    hosts.configure("plain", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(1)
-    hosts.host.store.sizes_max["plain"] = 8 * MIB
-    controller.stop("plain", lambda _: None)
-    controller.start("plain", lambda _: None)
-    hosts.let_pass(10)
-    controller.reload(lambda _: None)
-    hosts.let_pass(10)
-    assert controller.disk("plain").size == 8 * MIB
-
-
 def test_a_cut_that_is_refused_while_the_disk_stops_is_not_done_by_its_next_start(
     hosts: Hosts, controller: Controller, on_a_device: None
 ) -> None:
@@ -284,36 +139,6 @@ def test_a_cut_that_is_refused_while_the_disk_stops_is_not_done_by_its_next_star
     controller.start("wide", lambda _: None)
     hosts.let_pass(10)
     assert controller.disk("wide").size == MIB
-
-
-def test_what_the_config_says_is_not_asked_for_again_when_a_resize_overruled_it(
-    hosts: Hosts, controller: Controller
-) -> None:
-    hosts.host.store.sizes_max["moves"] = 4 * MIB
-    hosts.configure("moves", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(1)
-    controller.resize("moves", 2 * MIB, lambda _: None)
-    hosts.let_pass(1)
-    hosts.host.store.sizes_max["moves"] = 8 * MIB
-    controller.reload(lambda _: None)
-    hosts.service.die()
-    hosts.let_pass(30)
-    assert device_of(hosts, "moves").size == 2 * MIB
-
-
-@pytest.mark.parametrize("milliseconds", [0, 1, 2, 4])
-def test_what_the_config_says_is_not_forgotten_for_a_stop_in_its_middle(
-    hosts: Hosts, controller: Controller, milliseconds: int
-) -> None:
-    hosts.configure("plain", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(milliseconds / 1000)
-    controller.stop("plain", lambda _: None)
-    hosts.let_pass(10)
-    controller.start("plain", lambda _: None)
-    hosts.let_pass(10)
-    assert controller.disk("plain").size == 8 * MIB
 
 
 @pytest.mark.parametrize("size", [MIB // 2, 2 * MIB], ids=["cut", "grow"])

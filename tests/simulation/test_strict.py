@@ -47,3 +47,23 @@ def test_a_device_stays_for_the_start_that_succeeds(
     del hosts.host.store.refusals["moves"]
     hosts.await_states(**dict.fromkeys(NAMES, "online"))
     assert devices(hosts) == before
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["killed", "of another version"])
+def test_memory_without_a_device_stays_also_when_nothing_is_saved(
+    hosts: Hosts, *, others: bool
+) -> None:
+    for name in ("stays", "moves", "wide"):
+        hosts.free(name)
+        hosts.configure(name, device=None)
+    memories = sorted(hosts.host.store.memories())
+    if others:
+        hosts.host.version += 1
+        hosts.host.store.refusals["moves"] = OSError(errno.ENOENT, "is gone")
+        hosts.service.change(strict=True)
+        hosts.service.die()
+    else:
+        die_and_fail(hosts)
+    hosts.host.saved = None
+    hosts.await_true(lambda: hosts.service.exit_status == 1)
+    assert sorted(hosts.host.store.memories()) == memories

@@ -102,9 +102,8 @@ def test_what_came_after_an_outdated_state_was_not_removed() -> None:
 
 def test_what_was_saved_is_read() -> None:
     gone = Wish(FILE, Placement(1, (0, 1)), "gone", hot=True)
-    state = SavedState(
-        (wish(RAM), gone), {"file": Successor(replace(FILE, core=None), "stopped")}, {"file": FILE}
-    )
+    successor = Successor(replace(FILE, core=None), "stopped", due=3 << 20)
+    state = SavedState((replace(wish(RAM), due=2 << 20), gone), {"file": successor}, {"file": FILE})
     assert decode(state.encode("abc", "boot"), "abc", "boot") == state
 
 
@@ -258,7 +257,9 @@ def test_whatever_was_saved_can_be_started() -> None:
 
 
 @pytest.mark.parametrize(("run_time", "config", "size"), [(2, 1, 2), (2, 3, 3), (1, 2, 2)])
-def test_no_config_cuts_a_disk(run_time: int, config: int, size: int) -> None:
+def test_a_size_given_at_run_time_stays_unless_the_config_names_another(
+    run_time: int, config: int, size: int
+) -> None:
     running = RAM.with_size(run_time << 20)
     now = reconfigured(running, RAM, replace(RAM.with_size(config << 20), readonly=True))
     assert now == replace(RAM, readonly=True).with_size(size << 20)

@@ -1,0 +1,255 @@
+"""The config says another size: it is had once it can be, and is the last word until another is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+
+import pytest
+
+from reactor.control.controller import Controller
+from reactor.spec import Address, DiskSpec
+from tests.simulation.hosts import MIB, Hosts, device_of
+
+
+def test_what_the_config_says_last_is_not_forgotten_when_a_size_before_is_reached(
+    hosts: Hosts, controller: Controller
+) -> None:
+    device = device_of(hosts, "moves")
+    hosts.worker(1).send_signal(signal.SIGSTOP)
+    for size in (5 * MIB, 8 * MIB):
+        hosts.configure("moves", options={"size": size})
+        controller.reload(lambda _: None)
+        hosts.let_pass(0.1)
+    hosts.worker(1).send_signal(signal.SIGCONT)
+    hosts.await_true(lambda: device.size == 5 * MIB)
+    hosts.service.die()
+    hosts.let_pass(30)
+    assert device.size == 8 * MIB
+
+
+def test_what_the_config_says_is_not_forgotten_for_a_resize_that_is_refused(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.configure("moves", options={"size": 8 * MIB})
+    hosts.worker(1).send_signal(signal.SIGSTOP)
+    answers: list[Exception | None] = []
+    controller.reload(lambda _: None)
+    hosts.let_pass(0.1)
+    controller.resize("moves", 6 * MIB, answers.append)
+    hosts.worker(1).send_signal(signal.SIGCONT)
+    assert str(answers) == str([OSError(errno.EBUSY, "disk moves is being resized")])
+    hosts.service.die()
+    hosts.let_pass(30)
+    assert device_of(hosts, "moves").size == 8 * MIB
+
+
+def test_what_the_config_says_is_not_forgotten_for_a_resize_that_fails(
+    hosts: Hosts, controller: Controller
+) -> None:
+    """Neither is what failed tried again: who asked for it was told."""
+    hosts.host.store.sizes_max["moves"] = 4 * MIB
+    hosts.configure("moves", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(1)
+    answers: list[Exception | None] = []
+    controller.resize("moves", 6 * MIB, answers.append)
+    hosts.let_pass(1)
+    assert str(answers) == str([OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+    hosts.host.store.sizes_max["moves"] = 7 * MIB
+    hosts.let_pass(10)
+    assert device_of(hosts, "moves").size == MIB
+    hosts.host.store.sizes_max["moves"] = 8 * MIB
+    controller.reload(lambda _: None)
+    hosts.let_pass(10)
+    assert device_of(hosts, "moves").size == 8 * MIB
+
+
+def test_what_the_config_takes_back_is_not_asked_for_again(
+    hosts: Hosts, controller: Controller
+) -> None:
+    """Nor does it undo what an operator asked for after that."""
+    hosts.host.store.sizes_max["moves"] = 4 * MIB
+    for size in (8 * MIB, MIB):
+        hosts.configure("moves", options={"size": size})
+        controller.reload(lambda _: None)
+        hosts.let_pass(1)
+    hosts.host.store.sizes_max["moves"] = 8 * MIB
+    answers: list[Exception | None] = []
+    controller.stop("moves", answers.append)
+    controller.start("moves", answers.append)
+    hosts.let_pass(10)
+    assert device_of(hosts, "moves").size == MIB
+    controller.resize("moves", MIB // 2, answers.append)
+    hosts.let_pass(1)
+    controller.reload(lambda _: None)
+    hosts.service.die()
+    hosts.let_pass(30)
+    assert device_of(hosts, "moves").size == MIB // 2
+
+
+def test_what_the_config_takes_back_before_it_can_be_is_not_done(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.await_true(lambda: hosts.states()["moves"] == "starting")
+    for size in (8 * MIB, MIB):
+        hosts.configure("moves", options={"size": size})
+        controller.reload(lambda _: None)
+        hosts.let_pass(0.05)
+    hosts.let_pass(20)
+    assert device_of(hosts, "moves").size == MIB
+
+
+def test_a_reload_in_the_middle_of_a_cut_has_the_last_word(
+    hosts: Hosts, controller: Controller
+) -> None:
+    controller.resize("plain", 8 * MIB, lambda _: None)
+    hosts.let_pass(1)
+    slow = hosts.worker(controller.disk("plain").cores[0])
+    slow.send_signal(signal.SIGSTOP)
+    controller.resize("plain", MIB // 2, lambda _: None)
+    hosts.configure("plain", options={"size": 4 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(0.5)
+    slow.send_signal(signal.SIGCONT)
+    hosts.let_pass(5)
+    assert controller.disk("plain").size == 4 * MIB
+
+
+def test_what_the_config_says_is_tried_again_after_a_stop_and_a_start_at_once(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.host.store.sizes_max["plain"] = 4 * MIB
+    hosts.configure("plain", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(1)
+    hosts.host.store.sizes_max["plain"] = 8 * MIB
+    controller.stop("plain", lambda _: None)
+    controller.start("plain", lambda _: None)
+    hosts.let_pass(10)
+    controller.reload(lambda _: None)
+    hosts.let_pass(10)
+    assert controller.disk("plain").size == 8 * MIB
+
+
+def test_what_the_config_says_is_not_asked_for_again_when_a_resize_overruled_it(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.host.store.sizes_max["moves"] = 4 * MIB
+    hosts.configure("moves", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(1)
+    controller.resize("moves", 2 * MIB, lambda _: None)
+    hosts.let_pass(1)
+    hosts.host.store.sizes_max["moves"] = 8 * MIB
+    controller.reload(lambda _: None)
+    hosts.service.die()
+    hosts.let_pass(30)
+    assert device_of(hosts, "moves").size == 2 * MIB
+
+
+@pytest.mark.parametrize("milliseconds", [0, 1, 2, 4])
+def test_what_the_config_says_is_not_forgotten_for_a_stop_in_its_middle(
+    hosts: Hosts, controller: Controller, milliseconds: int
+) -> None:
+    hosts.configure("plain", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(milliseconds / 1000)
+    controller.stop("plain", lambda _: None)
+    hosts.let_pass(10)
+    controller.start("plain", lambda _: None)
+    hosts.let_pass(10)
+    assert controller.disk("plain").size == 8 * MIB
+
+
+@pytest.mark.parametrize("crash", [False, True], ids=["reload", "crash"])
+@pytest.mark.parametrize("anew", [False, True], ids=["in place", "anew"])
+@pytest.mark.parametrize("size", [MIB // 2, 4 * MIB], ids=["cut", "grow"])
+def test_a_resize_is_not_undone_as_another_key_of_the_config_changes(
+    hosts: Hosts,
+    controller: Controller,
+    on_a_device: None,
+    *,
+    size: int,
+    anew: bool,
+    crash: bool,
+) -> None:
+    for application in hosts.applications:
+        application.finish()
+    hosts.let_pass(5)
+    hosts.host.store.find(controller.disk("moves").spec).size = 8 * MIB
+    answers: list[Exception | None] = []
+    controller.resize("moves", size, answers.append)
+    hosts.let_pass(1)
+    assert answers == [None]
+    change = {"timeout": 7} if anew else {"listen": (Address("unix", "/run/other.sock"),)}
+    hosts.configure("moves", **change)
+    if crash:
+        hosts.service.die()
+    else:
+        controller.reload(answers.append)
+    hosts.let_pass(30)
+    assert hosts.states()["moves"] == "online"
+    assert device_of(hosts, "moves").size == size
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["in place", "anew"])
+def test_a_disk_that_cannot_grow_serves_on_whatever_happens(
+    hosts: Hosts, controller: Controller, *, anew: bool
+) -> None:
+    hosts.host.store.sizes_max["plain"] = 4 * MIB
+    hosts.configure("plain", options={"size": 8 * MIB}, **({"timeout": 7} if anew else {}))
+    controller.reload(lambda _: None)
+    hosts.let_pass(10)
+    assert hosts.reasons()["plain"] == "has yet to grow to 8388608 bytes"
+    answers: list[Exception | None] = []
+    controller.stop("plain", answers.append)
+    hosts.let_pass(10)
+    controller.start("plain", answers.append)
+    hosts.let_pass(10)
+    assert answers == [None, None]
+    hosts.service.die()
+    hosts.let_pass(30)
+    assert hosts.states()["plain"] == "online"
+    hosts.host.store.sizes_max["plain"] = 8 * MIB
+    controller = hosts.service.controller
+    assert controller is not None
+    controller.reload(answers.append)
+    hosts.let_pass(1)
+    assert controller.disk("plain").size == 8 * MIB
+    assert hosts.reasons()["plain"] == ""
+
+
+@pytest.mark.parametrize("crash", [False, True], ids=["reload", "crash"])
+def test_a_size_that_no_storage_has_yet_is_the_one_that_the_config_says(
+    hosts: Hosts, controller: Controller, *, crash: bool
+) -> None:
+    hosts.host.store.sizes_max["new"] = 4 * MIB
+    disks = hosts.service.config
+    for size in (8 * MIB, MIB):
+        hosts.service.config = (*disks, DiskSpec("new", "malloc", {"size": size}, core=1))
+        if crash and size == MIB:
+            hosts.service.die()
+        elif hosts.service.controller is not None:
+            hosts.service.controller.reload(lambda _: None)
+        hosts.let_pass(10)
+    assert hosts.service.controller is not None
+    assert hosts.states()["new"] == "online"
+    assert hosts.service.controller.disk("new").size == MIB
+
+
+@pytest.mark.parametrize("reloads", [1, 5])
+def test_a_growth_is_tried_once_however_often_the_config_is_read_meanwhile(
+    hosts: Hosts, controller: Controller, caplog: pytest.LogCaptureFixture, reloads: int
+) -> None:
+    hosts.host.store.sizes_max["plain"] = 4 * MIB
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.await_true(lambda: hosts.states()["plain"] == "starting")
+    hosts.configure("plain", options={"size": 8 * MIB})
+    for _ in range(reloads):
+        controller.reload(lambda _: None)
+        hosts.let_pass(0.01)
+    hosts.let_pass(20)
+    assert caplog.text.count("disk plain keeps its size") == 1
