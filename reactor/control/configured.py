@@ -52,7 +52,8 @@ class Configured:
             spec, was = now.get(name), before.get(name)
             if spec in (None, was):
                 continue
-            if disk.desired != "gone" and disk.spec == reconfigured(disk.spec, was, spec):
+            stays = disk.desired != "gone" and not disk.due
+            if stays and disk.spec == reconfigured(disk.spec, was, spec):
                 self.note(name, spec)
             else:
                 self._change(disk, spec, obstacles.get(name, ""))
@@ -101,9 +102,10 @@ class Configured:
             spec = now.get(name)
             if spec is None:
                 continue
+            retry = disk.state == "failed" or (disk.rising and disk.due)
             if disk.desired == "gone" or self._differs(disk, spec, self.places):
                 self._change(disk, spec, disk.obstacle)
-            elif (disk.state == "failed" or disk.due) and disk.desired == "online":
+            elif retry and disk.desired == "online":
                 disk.want("online")  # but one whose storage was removed waits for `start`
         for spec in new:  # who has their addresses or devices is on the way to let go
             self.note(spec.name, spec)
@@ -158,16 +160,17 @@ class Configured:
             disk.change(wanted, resized=resized)
 
     def _successor(self, disk: DiskControl, wanted: DiskSpec, *, resized: bool) -> Successor:
-        """Return what takes the place of `disk`: what it has stays, should it not grow."""
+        """Return what takes the place of `disk`: it serves what there is, should it not grow."""
         earlier, desired = self.successors.get(wanted.name), self._desired(disk)
         running, due = (disk.spec, disk.due) if earlier is None else (earlier.spec, earlier.due)
-        stays = disk.is_made and (disk.desired != "gone" or earlier is not None)
-        if not stays or not wanted.same_storage(running) or "size" not in running.options:
+        removed = disk.desired == "gone" and earlier is None
+        size = running.options.get("size", disk.wish.made)
+        if removed or size <= 1 or not wanted.same_storage(running):
             return Successor(wanted, desired)
-        size = running.options["size"]
         if resized:
             asked = wanted.options.get("size", size)
             due = asked if asked > size else 0
+            size = size if disk.is_made else min(size, asked)
         return Successor(wanted.with_size(size), desired, due)
 
     def _wanted(self, disk: DiskControl, spec: DiskSpec) -> DiskSpec:

@@ -378,6 +378,8 @@ class Controller:
         spec, same = successor.spec, successor.spec.same_storage(disk.spec)
         placement = self._configured.place_of(spec, self._machine)
         made = disk.wish.made if same else 0
+        if made and "size" in disk.spec.options:  # a resize may have ended meanwhile
+            spec = spec.with_size(disk.spec.options["size"])
         wish = Wish(spec, placement, successor.desired, made=made, due=successor.due)
         added = self._add(wish, known=same and disk.has_storage)
         self._saving.soon(added.step)

@@ -98,11 +98,10 @@ class DiskControl:
         """Become `spec`, in which only device, listeners and, if `resized`, size differ."""
         self._answer_attach(OSError(errno.ECANCELED, "the config of the disk has changed"))
         if resized:
-            size = spec.options.get("size", 0)
-            if not self.is_made:
+            size, has = spec.options.get("size", 0), self.spec.options.get("size", 0)
+            if size < has and not self.is_made:
                 self.spec = self.spec.with_size(size)
-            has = self.spec.options.get("size", 0)
-            if size < has:
+            elif size < has:
                 log.warning("disk %s keeps its %d bytes: only `resize` cuts", self.spec.name, has)
             # A resize that is under way may leave less.
             self.due = size if size > min(has, self._resize.size if self._resize else has) else 0
@@ -275,9 +274,9 @@ class DiskControl:
         """Go on with a resize that a dead controller began; what it did not cut is not cut."""
         wanted = self.spec.options.get("size", size)
         if wanted > size:
-            self._resize = Resize(
-                wanted, partial(self._report_resize, wanted), size, size, self.due
-            )
+            self.due = self.due or wanted
+            report = partial(self._report_resize, wanted)
+            self._resize = Resize(wanted, report, size, size, wanted)
         else:
             self.spec = self.spec.with_size(size)
 
@@ -474,7 +473,11 @@ class DiskControl:
             self._again_online = False
             self.want("online")
             return
-        if self._grows and self.rising and self._resize is None:
+        failure = self.failure if self.desired == "online" else None
+        resize, self._resize = self._resize, None
+        if resize is not None:
+            resize.done(resize.refusal or failure or OSError(errno.ENODEV, "the disk is stopped"))
+        if self._grows and self.rising:
             self._grow()
             return
         self._waiting.end()
@@ -483,11 +486,7 @@ class DiskControl:
         self.settled = True
         if self.desired == "stopped":
             self._made = 0  # a way out, should its storage be gone
-        failure = self.failure if self.desired == "online" else None
         self._answer_attach(failure or self.path or OSError(errno.ENODEV, "the disk is stopped"))
-        if self._resize is not None:
-            resize, self._resize = self._resize, None
-            resize.done(resize.refusal or failure or OSError(errno.ENODEV, "the disk is stopped"))
         answers = self._answers.take(self.desired, failure, self._left)
         self._host.on_settled(self)
         for done, error in answers:  # last: whoever hears of it may want something else at once

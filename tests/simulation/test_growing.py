@@ -253,3 +253,129 @@ def test_a_growth_is_tried_once_however_often_the_config_is_read_meanwhile(
         hosts.let_pass(0.01)
     hosts.let_pass(20)
     assert caplog.text.count("disk plain keeps its size") == 1
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["crash", "restart"])
+def test_what_the_config_takes_back_while_nothing_runs_is_not_done(
+    hosts: Hosts, controller: Controller, *, keep: bool
+) -> None:
+    hosts.host.store.sizes_max["moves"] = 4 * MIB
+    hosts.configure("moves", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(5)
+    hosts.configure("moves", options={"size": MIB})
+    hosts.host.store.sizes_max["moves"] = 8 * MIB
+    if keep:
+        hosts.service.change(on_exit="keep")
+        controller.shut_down(keep=True)
+    else:
+        hosts.service.die()
+    hosts.let_pass(60)
+    assert hosts.states()["moves"] == "online"
+    assert device_of(hosts, "moves").size == MIB
+
+
+def test_a_size_that_is_read_while_a_disk_is_opened_for_the_first_time_is_had_then(
+    hosts: Hosts, controller: Controller
+) -> None:
+    disks = hosts.service.config
+    hosts.worker(1).send_signal(signal.SIGSTOP)
+    for size in (MIB, 8 * MIB):
+        hosts.service.config = (*disks, DiskSpec("new", "malloc", {"size": size}, core=1))
+        controller.reload(lambda _: None)
+        hosts.let_pass(0.3)
+    hosts.worker(1).send_signal(signal.SIGCONT)
+    hosts.let_pass(10)
+    assert controller.disk("new").size == 8 * MIB
+
+
+@pytest.mark.parametrize("seconds", [0.1, 10])
+def test_what_is_yet_to_be_is_not_forgotten_for_a_disk_that_is_made_anew(
+    hosts: Hosts, controller: Controller, seconds: float
+) -> None:
+    hosts.host.store.sizes_max["plain"] = 4 * MIB
+    hosts.configure("plain", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(5)
+    controller.stop("plain", lambda _: None)
+    hosts.let_pass(seconds)
+    hosts.configure("plain", timeout=7)
+    controller.reload(lambda _: None)
+    hosts.let_pass(seconds)
+    hosts.host.store.sizes_max["plain"] = 8 * MIB
+    controller.start("plain", lambda _: None)
+    hosts.let_pass(10)
+    controller.reload(lambda _: None)
+    hosts.let_pass(10)
+    assert controller.disk("plain").size == 8 * MIB
+
+
+def test_what_is_yet_to_be_is_tried_again_when_nothing_was_saved(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.host.store.sizes_max["moves"] = 4 * MIB
+    hosts.configure("moves", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(5)
+    hosts.service.die()
+    hosts.host.saved = None
+    hosts.let_pass(30)
+    assert hosts.service.controller is not None
+    hosts.host.store.sizes_max["moves"] = 8 * MIB
+    hosts.service.controller.reload(lambda _: None)
+    hosts.let_pass(10)
+    assert device_of(hosts, "moves").size == 8 * MIB
+
+
+def test_a_disk_that_is_stopped_does_not_fail_for_a_size_that_it_is_to_have(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.host.store.sizes_max["plain"] = 4 * MIB
+    controller.stop("plain", lambda _: None)
+    hosts.let_pass(10)
+    hosts.configure("plain", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    answers: list[Exception | None] = []
+    controller.start("plain", answers.append)
+    hosts.let_pass(10)
+    assert answers == [None]
+    assert controller.disk("plain").size == MIB
+
+
+def test_a_disk_whose_storage_was_removed_waits_for_a_start(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.host.store.sizes_max["plain"] = 4 * MIB
+    hosts.configure("plain", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(5)
+    storage = hosts.host.store.find(controller.disk("plain").spec)
+    assert storage is not None
+    hosts.worker(1).worker.remove_storage(storage, "it is gone")
+    hosts.let_pass(5)
+    assert hosts.states()["plain"] == "removed"
+    controller.reload(lambda _: None)
+    hosts.let_pass(5)
+    assert hosts.states()["plain"] == "removed"
+
+
+def test_a_cut_that_is_refused_is_not_done_by_what_takes_the_place_of_the_disk(
+    hosts: Hosts, controller: Controller, on_a_device: None
+) -> None:
+    for application in hosts.applications:
+        application.finish()
+    hosts.let_pass(5)
+    leader = hosts.worker(controller.disk("wide").cores[0])
+    leader.send_signal(signal.SIGSTOP)
+    hosts.host.faults.short = ("a resize is refused",)
+    answers: list[Exception | None] = []
+    controller.resize("wide", MIB // 2, answers.append)
+    hosts.await_true(lambda: device_of(hosts, "wide").size == MIB // 2)
+    hosts.let_pass(0.1)
+    hosts.configure("wide", timeout=7)
+    controller.reload(lambda _: None)
+    leader.send_signal(signal.SIGCONT)
+    hosts.let_pass(20)
+    assert answers != [None]
+    assert hosts.states()["wide"] == "online"
+    assert controller.disk("wide").size == MIB
