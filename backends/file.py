@@ -65,6 +65,9 @@ class FileDisk(Disk):
                 raise OSError(errno.ENOSPC, problem, self.path)
         elif self.readonly:
             raise OSError(errno.EPERM, "the disk is read-only", self.path)
+        elif size > self.size and (now := os.fstat(self.fd).st_size) > size:
+            problem = f"the file has {now} bytes by now, and is not cut: resize the disk to as many"
+            raise OSError(errno.EINVAL, problem, self.path)
         else:
             os.ftruncate(self.fd, size)
         self.size = size

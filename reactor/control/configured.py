@@ -153,7 +153,10 @@ class Configured:
         elif disk.desired == "gone" or not self._in_place(disk, wanted, self.places):
             log.info("disk %s is stopped, and made anew as the config says now", name)
             self.note(name, spec)
-            self.successors[name] = self._successor(disk, wanted, resized=resized)
+            successor = self._successor(disk, wanted, resized=resized)
+            self.successors[name] = successor
+            if wanted.same_storage(disk.spec):
+                disk.due = successor.due  # a resize that ends meanwhile may overrule it
             disk.want("gone")
         else:
             self.note(name, spec)
@@ -162,13 +165,14 @@ class Configured:
     def _successor(self, disk: DiskControl, wanted: DiskSpec, *, resized: bool) -> Successor:
         """Return what takes the place of `disk`: it serves what there is, should it not grow."""
         earlier, desired = self.successors.get(wanted.name), self._desired(disk)
-        running, due = (disk.spec, disk.due) if earlier is None else (earlier.spec, earlier.due)
+        running, due = disk.spec if earlier is None else earlier.spec, disk.due
         removed = disk.desired == "gone" and earlier is None
+        same = wanted.same_storage(running) and wanted.same_storage(disk.spec)
         size = running.options.get("size", disk.wish.made)
-        if removed or size <= 1 or not wanted.same_storage(running):
-            return Successor(wanted, desired)
+        asked = wanted.options.get("size", size)
+        if removed or not same or size <= 1:
+            return Successor(wanted, desired, asked)
         if resized:
-            asked = wanted.options.get("size", size)
             due = asked if asked > size else 0
             size = size if disk.is_made else min(size, asked)
         return Successor(wanted.with_size(size), desired, due)

@@ -274,11 +274,8 @@ class DiskControl:
         """Go on with a resize that a dead controller began; what it did not cut is not cut."""
         wanted = self.spec.options.get("size", size)
         if wanted > size:
-            self.due = self.due or wanted
-            report = partial(self._report_resize, wanted)
-            self._resize = Resize(wanted, report, size, size, wanted)
-        else:
-            self.spec = self.spec.with_size(size)
+            self.due, self._grows = self.due or wanted, True
+        self.spec = self.spec.with_size(size)
 
     def step(self) -> None:
         """Do the next thing, if nothing is awaited."""

@@ -379,3 +379,111 @@ def test_a_cut_that_is_refused_is_not_done_by_what_takes_the_place_of_the_disk(
     assert answers != [None]
     assert hosts.states()["wide"] == "online"
     assert controller.disk("wide").size == MIB
+
+
+@pytest.mark.parametrize("disk", ["plain", "moves"])
+@pytest.mark.parametrize("seconds", [0, 0.002, 0.05])
+def test_a_disk_that_is_taken_out_and_put_back_larger_has_its_new_size(
+    hosts: Hosts, controller: Controller, disk: str, seconds: float
+) -> None:
+    for application in hosts.applications:
+        application.finish()
+    hosts.let_pass(5)
+    disks = hosts.service.config
+    hosts.service.config = tuple(spec for spec in disks if spec.name != disk)
+    controller.reload(lambda _: None)
+    hosts.let_pass(seconds)
+    hosts.service.config = disks
+    hosts.configure(disk, options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(30)
+    assert controller.disk(disk).size == 8 * MIB
+
+
+@pytest.mark.parametrize("crash", [False, True], ids=["reload", "crash"])
+def test_a_disk_that_is_removed_has_the_size_of_its_next_config(
+    hosts: Hosts, controller: Controller, *, crash: bool
+) -> None:
+    for application in hosts.applications:
+        application.finish()
+    hosts.let_pass(5)
+    hosts.worker(1).send_signal(signal.SIGSTOP)
+    controller.remove("moves", lambda _: None)
+    hosts.let_pass(0.1)
+    hosts.configure("moves", options={"size": 8 * MIB})
+    if crash:
+        hosts.service.die()
+    else:
+        controller.reload(lambda _: None)
+    hosts.let_pass(0.5)
+    hosts.worker(1).send_signal(signal.SIGCONT)
+    hosts.let_pass(30)
+    assert device_of(hosts, "moves").size == 8 * MIB
+
+
+@pytest.mark.parametrize(
+    ("second", "third"), [(("/b", 80), ("/b", 4)), (("/b", 8), ("/a", 8))], ids=["typo", "back"]
+)
+def test_storage_that_is_corrected_before_it_is_opened_has_the_size_that_was_read_last(
+    hosts: Hosts, controller: Controller, second: tuple[str, int], third: tuple[str, int]
+) -> None:
+    hosts.host.store.sizes_max["new"] = 16 * MIB
+    disks = hosts.service.config
+    for (path, size), seconds in ((("/a", 1), 10), (second, 0), (third, 60)):
+        options = {"path": path, "size": size * MIB}
+        hosts.service.config = (*disks, DiskSpec("new", "file", options, core=1))
+        controller.reload(lambda _: None)
+        hosts.let_pass(seconds)
+    assert hosts.states()["new"] == "online"
+    assert controller.disk("new").size == third[1] * MIB
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["in place", "anew"])
+def test_a_resize_that_ends_while_another_key_changes_overrules_the_size_of_before(
+    hosts: Hosts, controller: Controller, *, anew: bool
+) -> None:
+    for application in hosts.applications:
+        application.finish()
+    hosts.host.store.sizes_max["plain"] = 4 * MIB
+    hosts.configure("plain", options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(5)
+    hosts.worker(1).send_signal(signal.SIGSTOP)
+    answers: list[Exception | None] = []
+    controller.resize("plain", MIB // 2, answers.append)
+    hosts.let_pass(0.2)
+    change = {"timeout": 7} if anew else {"listen": (Address("unix", "/run/other.sock"),)}
+    hosts.configure("plain", **change)
+    controller.reload(lambda _: None)
+    hosts.worker(1).send_signal(signal.SIGCONT)
+    hosts.let_pass(5)
+    hosts.host.store.sizes_max["plain"] = 8 * MIB
+    controller.reload(lambda _: None)
+    hosts.let_pass(5)
+    assert answers == [None]
+    assert controller.disk("plain").size == MIB // 2
+
+
+@pytest.mark.parametrize(("disk", "kill"), [("moves", True), ("plain", False)])
+def test_a_size_that_cannot_be_had_fails_nothing_when_nothing_was_saved(
+    hosts: Hosts, controller: Controller, disk: str, *, kill: bool
+) -> None:
+    hosts.host.store.sizes_max[disk] = 4 * MIB
+    hosts.configure(disk, options={"size": 8 * MIB})
+    controller.reload(lambda _: None)
+    hosts.let_pass(5)
+    hosts.service.die()
+    hosts.host.saved = None
+    hosts.await_true(lambda: hosts.service.controller not in (None, controller))
+    successor = hosts.service.controller
+    assert successor is not None
+    hosts.await_true(lambda: successor.disk(disk).size == MIB)
+    if kill:
+        hosts.worker(1).send_signal(signal.SIGKILL)
+    else:
+        successor.stop(disk, lambda _: None)
+        hosts.let_pass(20)
+        successor.start(disk, lambda _: None)
+    hosts.let_pass(30)
+    assert hosts.states()[disk] == "online"
+    assert successor.disk(disk).size == MIB

@@ -477,6 +477,15 @@ def test_resize_changes_a_file(disk: Opened) -> None:
     assert disk.events == []
 
 
+def test_a_file_that_is_larger_by_now_is_not_cut_to_grow(disk: Opened) -> None:
+    os.truncate(disk.path, 4 * MIB)
+    with pytest.raises(OSError, match=f"has {4 * MIB} bytes by now, and is not cut"):
+        disk.disk.resize(2 * MIB)
+    assert disk.path.stat().st_size == 4 * MIB
+    disk.disk.resize(4 * MIB)
+    assert disk.disk.size == 4 * MIB
+
+
 def test_a_read_only_disk_is_not_resized(image: Path, opened: Open) -> None:
     disk = opened(image, readonly=True)
     with pytest.raises(PermissionError, match="read-only"):
