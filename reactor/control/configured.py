@@ -169,10 +169,10 @@ class Configured:
         removed = disk.desired == "gone" and earlier is None
         same = wanted.same_storage(running) and wanted.same_storage(disk.spec)
         size = running.options.get("size", disk.wish.made)
-        asked = wanted.options.get("size", size)
         if removed or not same or size <= 1:
-            return Successor(wanted, desired, asked)
+            return Successor(wanted, desired, wanted.options.get("size", 0))
         if resized:
+            asked = wanted.options.get("size", size)
             due = asked if asked > size else 0
             size = size if disk.is_made else min(size, asked)
         return Successor(wanted.with_size(size), desired, due)

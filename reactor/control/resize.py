@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -66,7 +67,10 @@ class Resize:
             finish(OSError(error_number(error), why))
 
         # The kernel must never believe in blocks that the disk does not have.
-        if size >= shares.geometry.size:
+        now = shares.geometry.size
+        if size >= now:
             shares.resize(size, grown, refused)
+        elif size >= self.shown:  # it was to grow, and somebody has made it larger than that
+            refused(OSError(errno.EINVAL, f"the disk has {now} bytes by now, and is not cut"))
         else:
             resize_device(cut, refused)

@@ -164,37 +164,6 @@ def test_what_the_config_says_is_not_forgotten_for_a_stop_in_its_middle(
     assert controller.disk("plain").size == 8 * MIB
 
 
-@pytest.mark.parametrize("crash", [False, True], ids=["reload", "crash"])
-@pytest.mark.parametrize("anew", [False, True], ids=["in place", "anew"])
-@pytest.mark.parametrize("size", [MIB // 2, 4 * MIB], ids=["cut", "grow"])
-def test_a_resize_is_not_undone_as_another_key_of_the_config_changes(
-    hosts: Hosts,
-    controller: Controller,
-    on_a_device: None,
-    *,
-    size: int,
-    anew: bool,
-    crash: bool,
-) -> None:
-    for application in hosts.applications:
-        application.finish()
-    hosts.let_pass(5)
-    hosts.host.store.find(controller.disk("moves").spec).size = 8 * MIB
-    answers: list[Exception | None] = []
-    controller.resize("moves", size, answers.append)
-    hosts.let_pass(1)
-    assert answers == [None]
-    change = {"timeout": 7} if anew else {"listen": (Address("unix", "/run/other.sock"),)}
-    hosts.configure("moves", **change)
-    if crash:
-        hosts.service.die()
-    else:
-        controller.reload(answers.append)
-    hosts.let_pass(30)
-    assert hosts.states()["moves"] == "online"
-    assert device_of(hosts, "moves").size == size
-
-
 @pytest.mark.parametrize("anew", [False, True], ids=["in place", "anew"])
 def test_a_disk_that_cannot_grow_serves_on_whatever_happens(
     hosts: Hosts, controller: Controller, *, anew: bool
@@ -289,27 +258,6 @@ def test_a_size_that_is_read_while_a_disk_is_opened_for_the_first_time_is_had_th
     assert controller.disk("new").size == 8 * MIB
 
 
-@pytest.mark.parametrize("seconds", [0.1, 10])
-def test_what_is_yet_to_be_is_not_forgotten_for_a_disk_that_is_made_anew(
-    hosts: Hosts, controller: Controller, seconds: float
-) -> None:
-    hosts.host.store.sizes_max["plain"] = 4 * MIB
-    hosts.configure("plain", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(5)
-    controller.stop("plain", lambda _: None)
-    hosts.let_pass(seconds)
-    hosts.configure("plain", timeout=7)
-    controller.reload(lambda _: None)
-    hosts.let_pass(seconds)
-    hosts.host.store.sizes_max["plain"] = 8 * MIB
-    controller.start("plain", lambda _: None)
-    hosts.let_pass(10)
-    controller.reload(lambda _: None)
-    hosts.let_pass(10)
-    assert controller.disk("plain").size == 8 * MIB
-
-
 def test_what_is_yet_to_be_is_tried_again_when_nothing_was_saved(
     hosts: Hosts, controller: Controller
 ) -> None:
@@ -357,85 +305,6 @@ def test_a_disk_whose_storage_was_removed_waits_for_a_start(
     controller.reload(lambda _: None)
     hosts.let_pass(5)
     assert hosts.states()["plain"] == "removed"
-
-
-def test_a_cut_that_is_refused_is_not_done_by_what_takes_the_place_of_the_disk(
-    hosts: Hosts, controller: Controller, on_a_device: None
-) -> None:
-    for application in hosts.applications:
-        application.finish()
-    hosts.let_pass(5)
-    leader = hosts.worker(controller.disk("wide").cores[0])
-    leader.send_signal(signal.SIGSTOP)
-    hosts.host.faults.short = ("a resize is refused",)
-    answers: list[Exception | None] = []
-    controller.resize("wide", MIB // 2, answers.append)
-    hosts.await_true(lambda: device_of(hosts, "wide").size == MIB // 2)
-    hosts.let_pass(0.1)
-    hosts.configure("wide", timeout=7)
-    controller.reload(lambda _: None)
-    leader.send_signal(signal.SIGCONT)
-    hosts.let_pass(20)
-    assert answers != [None]
-    assert hosts.states()["wide"] == "online"
-    assert controller.disk("wide").size == MIB
-
-
-@pytest.mark.parametrize("disk", ["plain", "moves"])
-@pytest.mark.parametrize("seconds", [0, 0.002, 0.05])
-def test_a_disk_that_is_taken_out_and_put_back_larger_has_its_new_size(
-    hosts: Hosts, controller: Controller, disk: str, seconds: float
-) -> None:
-    for application in hosts.applications:
-        application.finish()
-    hosts.let_pass(5)
-    disks = hosts.service.config
-    hosts.service.config = tuple(spec for spec in disks if spec.name != disk)
-    controller.reload(lambda _: None)
-    hosts.let_pass(seconds)
-    hosts.service.config = disks
-    hosts.configure(disk, options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(30)
-    assert controller.disk(disk).size == 8 * MIB
-
-
-@pytest.mark.parametrize("crash", [False, True], ids=["reload", "crash"])
-def test_a_disk_that_is_removed_has_the_size_of_its_next_config(
-    hosts: Hosts, controller: Controller, *, crash: bool
-) -> None:
-    for application in hosts.applications:
-        application.finish()
-    hosts.let_pass(5)
-    hosts.worker(1).send_signal(signal.SIGSTOP)
-    controller.remove("moves", lambda _: None)
-    hosts.let_pass(0.1)
-    hosts.configure("moves", options={"size": 8 * MIB})
-    if crash:
-        hosts.service.die()
-    else:
-        controller.reload(lambda _: None)
-    hosts.let_pass(0.5)
-    hosts.worker(1).send_signal(signal.SIGCONT)
-    hosts.let_pass(30)
-    assert device_of(hosts, "moves").size == 8 * MIB
-
-
-@pytest.mark.parametrize(
-    ("second", "third"), [(("/b", 80), ("/b", 4)), (("/b", 8), ("/a", 8))], ids=["typo", "back"]
-)
-def test_storage_that_is_corrected_before_it_is_opened_has_the_size_that_was_read_last(
-    hosts: Hosts, controller: Controller, second: tuple[str, int], third: tuple[str, int]
-) -> None:
-    hosts.host.store.sizes_max["new"] = 16 * MIB
-    disks = hosts.service.config
-    for (path, size), seconds in ((("/a", 1), 10), (second, 0), (third, 60)):
-        options = {"path": path, "size": size * MIB}
-        hosts.service.config = (*disks, DiskSpec("new", "file", options, core=1))
-        controller.reload(lambda _: None)
-        hosts.let_pass(seconds)
-    assert hosts.states()["new"] == "online"
-    assert controller.disk("new").size == third[1] * MIB
 
 
 @pytest.mark.parametrize("anew", [False, True], ids=["in place", "anew"])
