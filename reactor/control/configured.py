@@ -172,6 +172,7 @@ class Configured:
         if removed or not same or size <= 1:
             return Successor(wanted, desired, wanted.options.get("size", 0))
         if resized:
+            size = disk.spec.options.get("size", size)  # what is there, whatever was asked for
             asked = wanted.options.get("size", size)
             due = asked if asked > size else 0
             size = size if disk.is_made else min(size, asked)

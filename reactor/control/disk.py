@@ -213,7 +213,8 @@ class DiskControl:
         if former and self.state != "online":
             return f"waits for the end of the worker of core {former}, which may have it open"
         if self.rising:
-            grows = f"has yet to grow to {self.due} bytes" if self.due else ""
+            is_due = self.due > self._shares.geometry.size
+            grows = f"has yet to grow to {self.due} bytes" if is_due else ""
             return self._shares.shortcoming() or self._waiting.reason or self.obstacle or grows
         waits = self._is_unwritten() and not self._shares.opened
         return f"waits for a worker to write back {self.path}" if waits else ""

@@ -194,3 +194,21 @@ def test_what_is_to_grow_is_not_cut_as_somebody_else_has_made_it_larger(
     hosts.let_pass(20)
     assert hosts.states()["moves"] == "online"
     assert storage.size == controller.disk("moves").size == 8 * MIB
+    assert hosts.reasons()["moves"] == ""
+
+
+def test_a_disk_that_is_put_back_and_corrected_has_the_size_that_was_read_last(
+    hosts: Hosts, controller: Controller
+) -> None:
+    disks = hosts.service.config
+    hosts.worker(1).send_signal(signal.SIGSTOP)
+    for size in (0, 8 * MIB, 4 * MIB):
+        hosts.service.config = disks
+        hosts.configure("plain", options={"size": size})
+        if not size:
+            hosts.service.config = tuple(spec for spec in disks if spec.name != "plain")
+        controller.reload(lambda _: None)
+        hosts.let_pass(0.1)
+    hosts.worker(1).send_signal(signal.SIGCONT)
+    hosts.let_pass(20)
+    assert controller.disk("plain").size == 4 * MIB
