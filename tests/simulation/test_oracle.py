@@ -157,11 +157,11 @@ def give_workers_up_too_soon(patch: Patch) -> None:
     patch.setattr(workers, "BACKOFF_SECONDS", (0.0, 0.1))
 
 
-def open_within_a_minute(patch: Patch) -> None:
+def open_within_seconds(patch: Patch) -> None:
     """A medium that hangs for longer fails the disk, whose device would wait."""
     open_next = Shares.open_next
     patch.setattr(
-        Shares, "open_next", lambda self, spec, least, _=0.0: open_next(self, spec, least)
+        Shares, "open_next", lambda self, spec, least, _=0.0: open_next(self, spec, least, 15.0)
     )
 
 
@@ -198,7 +198,7 @@ def fail_without_cause(patch: Patch) -> None:
         (make_what_is_gone, "is made anew|passes from"),
         (forget_what_was_made, "is made anew"),
         (give_workers_up_too_soon, "keeps dying|without need"),
-        (open_within_a_minute, "did not answer start|an I/O error"),
+        (open_within_seconds, "did not answer start|an I/O error"),
         (take_devices_from_their_users, "an I/O error"),
         (fail_without_cause, "lost its connection 2 times"),
     ],
