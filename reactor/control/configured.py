@@ -153,30 +153,32 @@ class Configured:
         elif disk.desired == "gone" or not self._in_place(disk, wanted, self.places):
             log.info("disk %s is stopped, and made anew as the config says now", name)
             self.note(name, spec)
-            successor = self._successor(disk, wanted, resized=resized)
-            self.successors[name] = successor
-            if wanted.same_storage(disk.spec):
-                disk.due = successor.due  # a resize that ends meanwhile may overrule it
+            self.successors[name] = self._successor(disk, wanted, resized=resized)
             disk.want("gone")
         else:
             self.note(name, spec)
             disk.change(wanted, resized=resized)
 
     def _successor(self, disk: DiskControl, wanted: DiskSpec, *, resized: bool) -> Successor:
-        """Return what takes the place of `disk`: it serves what there is, should it not grow."""
+        """Return what takes the place of `disk`: it serves what there is, should it not grow.
+
+        What is due stays with `disk`, where a resize that ends meanwhile may overrule it.
+        """
         earlier, desired = self.successors.get(wanted.name), self._desired(disk)
-        running, due = disk.spec if earlier is None else earlier.spec, disk.due
+        if not wanted.same_storage(disk.spec):
+            return Successor(wanted, desired)
+        running = disk.spec if earlier is None else earlier.spec
         removed = disk.desired == "gone" and earlier is None
-        same = wanted.same_storage(running) and wanted.same_storage(disk.spec)
         size = running.options.get("size", disk.wish.made)
-        if removed or not same or size <= 1:
-            return Successor(wanted, desired, wanted.options.get("size", 0))
+        if removed or size <= 1 or not wanted.same_storage(running):
+            disk.due = wanted.options.get("size", 0)
+            return Successor(wanted, desired)
         if resized:
             size = disk.spec.options.get("size", size)  # what is there, whatever was asked for
             asked = wanted.options.get("size", size)
-            due = asked if asked > size else 0
+            disk.due = asked if asked > size else 0
             size = size if disk.is_made else min(size, asked)
-        return Successor(wanted.with_size(size), desired, due)
+        return Successor(wanted.with_size(size), desired)
 
     def _wanted(self, disk: DiskControl, spec: DiskSpec) -> DiskSpec:
         """Return `spec`, which the config has, with what was changed at run time."""

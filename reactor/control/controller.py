@@ -380,7 +380,7 @@ class Controller:
         made = disk.wish.made if same else 0
         if made and "size" in disk.spec.options:  # a resize may have ended meanwhile
             spec = spec.with_size(disk.spec.options["size"])
-        due = disk.due if same else successor.due
+        due = disk.due if same else 0
         wish = Wish(spec, placement, successor.desired, made=made, due=due)
         added = self._add(wish, known=same and disk.has_storage)
         self._saving.soon(added.step)

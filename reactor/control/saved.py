@@ -54,7 +54,6 @@ class Successor:
 
     spec: DiskSpec
     desired: Desired = "online"
-    due: int = 0  # as of a wish
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,6 @@ class SavedState:
             ],
             "successors": [each.spec.to_message() for each in self.successors.values()],
             "stopped": [n for n, each in self.successors.items() if each.desired == "stopped"],
-            "due": {name: each.due for name, each in self.successors.items()},
             "configured": [spec.to_message() for spec in self.configured.values()],
         }
         text = json.dumps(content)
@@ -147,9 +145,8 @@ def decode(data: bytes, instance: str, boot: str) -> SavedState:
     if content.get("boot") != boot:
         wishes = (replace(wish, made=0) for wish in wishes)
     stopped = content.get("stopped", ())  # an older release made them all online
-    due = content.get("due", {})
     successors = {
-        name: Successor(spec, "stopped" if name in stopped else "online", due.get(name, 0))
+        name: Successor(spec, "stopped" if name in stopped else "online")
         for name, spec in _by_name(content["successors"]).items()
     }
     return SavedState(tuple(wishes), successors, _by_name(content["configured"]))

@@ -102,7 +102,7 @@ def test_what_came_after_an_outdated_state_was_not_removed() -> None:
 
 def test_what_was_saved_is_read() -> None:
     gone = Wish(FILE, Placement(1, (0, 1)), "gone", hot=True)
-    successor = Successor(replace(FILE, core=None), "stopped", due=3 << 20)
+    successor = Successor(replace(FILE, core=None), "stopped")
     state = SavedState((replace(wish(RAM), due=2 << 20), gone), {"file": successor}, {"file": FILE})
     assert decode(state.encode("abc", "boot"), "abc", "boot") == state
 
