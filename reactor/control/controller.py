@@ -15,7 +15,7 @@ from reactor.control.configured import Configured
 from reactor.control.disk import DiskControl
 from reactor.control.holders import attach_refusal, check_new, holder
 from reactor.control.host import Host
-from reactor.control.leftovers import LeftDevices
+from reactor.control.leftovers import LeftDevices, report_left
 from reactor.control.neighbours import Neighbours
 from reactor.control.notify import notify, notify_reloading
 from reactor.control.plan import Machine, Placement, place
@@ -98,7 +98,6 @@ class Controller:
         platform, saved = self._platform, saved or SavedState(complete=False)
         if specs is not None and saved.wishes and not saved.complete:
             saved = saved.as_held(specs, platform.held(prefix(platform.instance)))
-        left = {name for _, name in platform.leftovers()}
         before = saved.configured
         now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
         wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
@@ -107,6 +106,7 @@ class Controller:
             name: successor for name, successor in saved.successors.items() if name in now
         }
         known = {wish.spec.name for wish in saved.wishes}
+        left = report_left(platform, {wish.spec.name for wish in wishes})
         leaving = tuple(self._workforce.leaving)
         if not saved.complete and (survivors := self._workforce.survivors):
             log.warning(
@@ -380,8 +380,7 @@ class Controller:
         made = disk.wish.made if same else 0
         if made and "size" in disk.spec.options:  # a resize may have ended meanwhile
             spec = spec.with_size(disk.spec.options["size"])
-        due = disk.due if same else 0
-        wish = Wish(spec, placement, successor.desired, made=made, due=due)
+        wish = Wish(spec, placement, successor.desired, made=made, due=disk.due if same else 0)
         added = self._add(wish, known=same and disk.has_storage)
         self._saving.soon(added.step)
 

@@ -53,15 +53,20 @@ class LeftDevices:
         self._on_end()
 
 
-def report(platform: Platform, disks: Container[str]) -> None:
-    """Name the disks, other than `disks`, of which data is left; only they may use it again."""
-    for backend, name in platform.leftovers():
+def report_left(platform: Platform, disks: Container[str]) -> set[str]:
+    """Return the disks of which data is left; name those other than `disks`.
+
+    Only they may use it again.
+    """
+    found = platform.leftovers()
+    for backend, name in found:
         if name not in disks:
             log.warning(
                 "a dead service left data of the %s disk %s: make that disk again to use"
                 " the data, or to remove it",
                 *(backend, name),
             )
+    return {name for _, name in found}
 
 
 def discard(platform: Platform, spec: DiskSpec) -> OSError | None:

@@ -13,7 +13,6 @@ from setproctitle import setproctitle
 
 from backends import registry
 from reactor import config, pressure
-from reactor.control import leftovers
 from reactor.control.clock import WakingClock
 from reactor.control.controller import Controller
 from reactor.control.demo import demo_disks
@@ -69,7 +68,6 @@ def run(options: Options) -> int:
         feed_watchdog(reactor)
         extend_start(reactor, lambda: controller.ready)
         controller.begin(saved, specs)
-        leftovers.report(linux, {disk.spec.name for disk in controller.disks()})
         reactor.run()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if not controller.keeps:
