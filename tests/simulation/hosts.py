@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -97,6 +98,37 @@ class Hosts:
         self.service.config = tuple(
             replace(spec, **keys) if spec.name == name else spec for spec in self.service.config
         )
+
+    def reload(self) -> None:
+        """Have the config read again."""
+        assert self.service.controller is not None
+        self.service.controller.reload(lambda _: None)
+
+    def refuse_growth(self, name: str, **keys: object) -> None:
+        """Ask by the config for 8 MiB, of which the storage has half; other `keys` may change."""
+        self.host.store.sizes_max[name] = 4 * MIB
+        self.configure(name, options={"size": 8 * MIB}, **keys)
+        self.reload()
+        self.let_pass(5)
+
+    def refuse_cut(self, done: Callable[[Exception | None], None]) -> WorkerProcess:
+        """Begin to cut "wide"; returns its leader, which is stopped and will refuse that."""
+        controller = self.service.controller
+        assert controller is not None
+        self.finish_applications()
+        leader = self.worker(controller.disk("wide").cores[0])
+        leader.send_signal(signal.SIGSTOP)
+        self.host.faults.short = ("a resize is refused",)
+        controller.resize("wide", MIB // 2, done)
+        self.await_true(lambda: device_of(self, "wide").size == MIB // 2)
+        self.let_pass(0.1)
+        return leader
+
+    def finish_applications(self) -> None:
+        """Have nobody use a disk any more."""
+        for application in self.applications:
+            application.finish()
+        self.let_pass(5)
 
     def free(self, name: str) -> None:
         """Have a disk without device."""

@@ -14,13 +14,13 @@ from tests.simulation.hosts import MIB, Hosts, device_of
 
 
 def test_what_the_config_says_last_is_not_forgotten_when_a_size_before_is_reached(
-    hosts: Hosts, controller: Controller
+    hosts: Hosts,
 ) -> None:
     device = device_of(hosts, "moves")
     hosts.worker(1).send_signal(signal.SIGSTOP)
     for size in (5 * MIB, 8 * MIB):
         hosts.configure("moves", options={"size": size})
-        controller.reload(lambda _: None)
+        hosts.reload()
         hosts.let_pass(0.1)
     hosts.worker(1).send_signal(signal.SIGCONT)
     hosts.await_true(lambda: device.size == 5 * MIB)
@@ -35,7 +35,7 @@ def test_what_the_config_says_is_not_forgotten_for_a_resize_that_is_refused(
     hosts.configure("moves", options={"size": 8 * MIB})
     hosts.worker(1).send_signal(signal.SIGSTOP)
     answers: list[Exception | None] = []
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(0.1)
     controller.resize("moves", 6 * MIB, answers.append)
     hosts.worker(1).send_signal(signal.SIGCONT)
@@ -49,10 +49,7 @@ def test_what_the_config_says_is_not_forgotten_for_a_resize_that_fails(
     hosts: Hosts, controller: Controller
 ) -> None:
     """Neither is what failed tried again: who asked for it was told."""
-    hosts.host.store.sizes_max["moves"] = 4 * MIB
-    hosts.configure("moves", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(1)
+    hosts.refuse_growth("moves")
     answers: list[Exception | None] = []
     controller.resize("moves", 6 * MIB, answers.append)
     hosts.let_pass(1)
@@ -61,7 +58,7 @@ def test_what_the_config_says_is_not_forgotten_for_a_resize_that_fails(
     hosts.let_pass(10)
     assert device_of(hosts, "moves").size == MIB
     hosts.host.store.sizes_max["moves"] = 8 * MIB
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(10)
     assert device_of(hosts, "moves").size == 8 * MIB
 
@@ -73,7 +70,7 @@ def test_what_the_config_takes_back_is_not_asked_for_again(
     hosts.host.store.sizes_max["moves"] = 4 * MIB
     for size in (8 * MIB, MIB):
         hosts.configure("moves", options={"size": size})
-        controller.reload(lambda _: None)
+        hosts.reload()
         hosts.let_pass(1)
     hosts.host.store.sizes_max["moves"] = 8 * MIB
     answers: list[Exception | None] = []
@@ -83,20 +80,18 @@ def test_what_the_config_takes_back_is_not_asked_for_again(
     assert device_of(hosts, "moves").size == MIB
     controller.resize("moves", MIB // 2, answers.append)
     hosts.let_pass(1)
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.service.die()
     hosts.let_pass(30)
     assert device_of(hosts, "moves").size == MIB // 2
 
 
-def test_what_the_config_takes_back_before_it_can_be_is_not_done(
-    hosts: Hosts, controller: Controller
-) -> None:
+def test_what_the_config_takes_back_before_it_can_be_is_not_done(hosts: Hosts) -> None:
     hosts.worker(1).send_signal(signal.SIGKILL)
     hosts.await_true(lambda: hosts.states()["moves"] == "starting")
     for size in (8 * MIB, MIB):
         hosts.configure("moves", options={"size": size})
-        controller.reload(lambda _: None)
+        hosts.reload()
         hosts.let_pass(0.05)
     hosts.let_pass(20)
     assert device_of(hosts, "moves").size == MIB
@@ -111,7 +106,7 @@ def test_a_reload_in_the_middle_of_a_cut_has_the_last_word(
     slow.send_signal(signal.SIGSTOP)
     controller.resize("plain", MIB // 2, lambda _: None)
     hosts.configure("plain", options={"size": 4 * MIB})
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(0.5)
     slow.send_signal(signal.SIGCONT)
     hosts.let_pass(5)
@@ -121,15 +116,12 @@ def test_a_reload_in_the_middle_of_a_cut_has_the_last_word(
 def test_what_the_config_says_is_tried_again_after_a_stop_and_a_start_at_once(
     hosts: Hosts, controller: Controller
 ) -> None:
-    hosts.host.store.sizes_max["plain"] = 4 * MIB
-    hosts.configure("plain", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(1)
+    hosts.refuse_growth("plain")
     hosts.host.store.sizes_max["plain"] = 8 * MIB
     controller.stop("plain", lambda _: None)
     controller.start("plain", lambda _: None)
     hosts.let_pass(10)
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(10)
     assert controller.disk("plain").size == 8 * MIB
 
@@ -137,14 +129,11 @@ def test_what_the_config_says_is_tried_again_after_a_stop_and_a_start_at_once(
 def test_what_the_config_says_is_not_asked_for_again_when_a_resize_overruled_it(
     hosts: Hosts, controller: Controller
 ) -> None:
-    hosts.host.store.sizes_max["moves"] = 4 * MIB
-    hosts.configure("moves", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(1)
+    hosts.refuse_growth("moves")
     controller.resize("moves", 2 * MIB, lambda _: None)
     hosts.let_pass(1)
     hosts.host.store.sizes_max["moves"] = 8 * MIB
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.service.die()
     hosts.let_pass(30)
     assert device_of(hosts, "moves").size == 2 * MIB
@@ -155,7 +144,7 @@ def test_what_the_config_says_is_not_forgotten_for_a_stop_in_its_middle(
     hosts: Hosts, controller: Controller, milliseconds: int
 ) -> None:
     hosts.configure("plain", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(milliseconds / 1000)
     controller.stop("plain", lambda _: None)
     hosts.let_pass(10)
@@ -168,10 +157,7 @@ def test_what_the_config_says_is_not_forgotten_for_a_stop_in_its_middle(
 def test_a_disk_that_cannot_grow_serves_on_whatever_happens(
     hosts: Hosts, controller: Controller, *, anew: bool
 ) -> None:
-    hosts.host.store.sizes_max["plain"] = 4 * MIB
-    hosts.configure("plain", options={"size": 8 * MIB}, **({"timeout": 7} if anew else {}))
-    controller.reload(lambda _: None)
-    hosts.let_pass(10)
+    hosts.refuse_growth("plain", **({"timeout": 7} if anew else {}))
     assert hosts.reasons()["plain"] == "has yet to grow to 8388608 bytes"
     answers: list[Exception | None] = []
     controller.stop("plain", answers.append)
@@ -193,7 +179,7 @@ def test_a_disk_that_cannot_grow_serves_on_whatever_happens(
 
 @pytest.mark.parametrize("crash", [False, True], ids=["reload", "crash"])
 def test_a_size_that_no_storage_has_yet_is_the_one_that_the_config_says(
-    hosts: Hosts, controller: Controller, *, crash: bool
+    hosts: Hosts, *, crash: bool
 ) -> None:
     hosts.host.store.sizes_max["new"] = 4 * MIB
     disks = hosts.service.config
@@ -202,7 +188,7 @@ def test_a_size_that_no_storage_has_yet_is_the_one_that_the_config_says(
         if crash and size == MIB:
             hosts.service.die()
         elif hosts.service.controller is not None:
-            hosts.service.controller.reload(lambda _: None)
+            hosts.reload()
         hosts.let_pass(10)
     assert hosts.service.controller is not None
     assert hosts.states()["new"] == "online"
@@ -211,14 +197,14 @@ def test_a_size_that_no_storage_has_yet_is_the_one_that_the_config_says(
 
 @pytest.mark.parametrize("reloads", [1, 5])
 def test_a_growth_is_tried_once_however_often_the_config_is_read_meanwhile(
-    hosts: Hosts, controller: Controller, caplog: pytest.LogCaptureFixture, reloads: int
+    hosts: Hosts, caplog: pytest.LogCaptureFixture, reloads: int
 ) -> None:
     hosts.host.store.sizes_max["plain"] = 4 * MIB
     hosts.worker(1).send_signal(signal.SIGKILL)
     hosts.await_true(lambda: hosts.states()["plain"] == "starting")
     hosts.configure("plain", options={"size": 8 * MIB})
     for _ in range(reloads):
-        controller.reload(lambda _: None)
+        hosts.reload()
         hosts.let_pass(0.01)
     hosts.let_pass(20)
     assert caplog.text.count("disk plain keeps its size") == 1
@@ -228,10 +214,7 @@ def test_a_growth_is_tried_once_however_often_the_config_is_read_meanwhile(
 def test_what_the_config_takes_back_while_nothing_runs_is_not_done(
     hosts: Hosts, controller: Controller, *, keep: bool
 ) -> None:
-    hosts.host.store.sizes_max["moves"] = 4 * MIB
-    hosts.configure("moves", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(5)
+    hosts.refuse_growth("moves")
     hosts.configure("moves", options={"size": MIB})
     hosts.host.store.sizes_max["moves"] = 8 * MIB
     if keep:
@@ -251,26 +234,21 @@ def test_a_size_that_is_read_while_a_disk_is_opened_for_the_first_time_is_had_th
     hosts.worker(1).send_signal(signal.SIGSTOP)
     for size in (MIB, 8 * MIB):
         hosts.service.config = (*disks, DiskSpec("new", "malloc", {"size": size}, core=1))
-        controller.reload(lambda _: None)
+        hosts.reload()
         hosts.let_pass(0.3)
     hosts.worker(1).send_signal(signal.SIGCONT)
     hosts.let_pass(10)
     assert controller.disk("new").size == 8 * MIB
 
 
-def test_what_is_yet_to_be_is_tried_again_when_nothing_was_saved(
-    hosts: Hosts, controller: Controller
-) -> None:
-    hosts.host.store.sizes_max["moves"] = 4 * MIB
-    hosts.configure("moves", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(5)
+def test_what_is_yet_to_be_is_tried_again_when_nothing_was_saved(hosts: Hosts) -> None:
+    hosts.refuse_growth("moves")
     hosts.service.die()
     hosts.host.saved = None
     hosts.let_pass(30)
     assert hosts.service.controller is not None
     hosts.host.store.sizes_max["moves"] = 8 * MIB
-    hosts.service.controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(10)
     assert device_of(hosts, "moves").size == 8 * MIB
 
@@ -282,7 +260,7 @@ def test_a_disk_that_is_stopped_does_not_fail_for_a_size_that_it_is_to_have(
     controller.stop("plain", lambda _: None)
     hosts.let_pass(10)
     hosts.configure("plain", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
+    hosts.reload()
     answers: list[Exception | None] = []
     controller.start("plain", answers.append)
     hosts.let_pass(10)
@@ -293,16 +271,13 @@ def test_a_disk_that_is_stopped_does_not_fail_for_a_size_that_it_is_to_have(
 def test_a_disk_whose_storage_was_removed_waits_for_a_start(
     hosts: Hosts, controller: Controller
 ) -> None:
-    hosts.host.store.sizes_max["plain"] = 4 * MIB
-    hosts.configure("plain", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(5)
+    hosts.refuse_growth("plain")
     storage = hosts.host.store.find(controller.disk("plain").spec)
     assert storage is not None
     hosts.worker(1).worker.remove_storage(storage, "it is gone")
     hosts.let_pass(5)
     assert hosts.states()["plain"] == "removed"
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(5)
     assert hosts.states()["plain"] == "removed"
 
@@ -311,23 +286,19 @@ def test_a_disk_whose_storage_was_removed_waits_for_a_start(
 def test_a_resize_that_ends_while_another_key_changes_overrules_the_size_of_before(
     hosts: Hosts, controller: Controller, *, anew: bool
 ) -> None:
-    for application in hosts.applications:
-        application.finish()
-    hosts.host.store.sizes_max["plain"] = 4 * MIB
-    hosts.configure("plain", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(5)
+    hosts.finish_applications()
+    hosts.refuse_growth("plain")
     hosts.worker(1).send_signal(signal.SIGSTOP)
     answers: list[Exception | None] = []
     controller.resize("plain", MIB // 2, answers.append)
     hosts.let_pass(0.2)
     change = {"timeout": 7} if anew else {"listen": (Address("unix", "/run/other.sock"),)}
     hosts.configure("plain", **change)
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.worker(1).send_signal(signal.SIGCONT)
     hosts.let_pass(5)
     hosts.host.store.sizes_max["plain"] = 8 * MIB
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(5)
     assert answers == [None]
     assert controller.disk("plain").size == MIB // 2
@@ -337,10 +308,7 @@ def test_a_resize_that_ends_while_another_key_changes_overrules_the_size_of_befo
 def test_a_size_that_cannot_be_had_fails_nothing_when_nothing_was_saved(
     hosts: Hosts, controller: Controller, disk: str, *, kill: bool
 ) -> None:
-    hosts.host.store.sizes_max[disk] = 4 * MIB
-    hosts.configure(disk, options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(5)
+    hosts.refuse_growth(disk)
     hosts.service.die()
     hosts.host.saved = None
     hosts.await_true(lambda: hosts.service.controller not in (None, controller))

@@ -23,9 +23,7 @@ def test_a_resize_is_not_undone_as_another_key_of_the_config_changes(
     anew: bool,
     crash: bool,
 ) -> None:
-    for application in hosts.applications:
-        application.finish()
-    hosts.let_pass(5)
+    hosts.finish_applications()
     hosts.host.store.find(controller.disk("moves").spec).size = 8 * MIB
     answers: list[Exception | None] = []
     controller.resize("moves", size, answers.append)
@@ -46,19 +44,16 @@ def test_a_resize_is_not_undone_as_another_key_of_the_config_changes(
 def test_what_is_yet_to_be_is_not_forgotten_for_a_disk_that_is_made_anew(
     hosts: Hosts, controller: Controller, seconds: float
 ) -> None:
-    hosts.host.store.sizes_max["plain"] = 4 * MIB
-    hosts.configure("plain", options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
-    hosts.let_pass(5)
+    hosts.refuse_growth("plain")
     controller.stop("plain", lambda _: None)
     hosts.let_pass(seconds)
     hosts.configure("plain", timeout=7)
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(seconds)
     hosts.host.store.sizes_max["plain"] = 8 * MIB
     controller.start("plain", lambda _: None)
     hosts.let_pass(10)
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(10)
     assert controller.disk("plain").size == 8 * MIB
 
@@ -66,18 +61,10 @@ def test_what_is_yet_to_be_is_not_forgotten_for_a_disk_that_is_made_anew(
 def test_a_cut_that_is_refused_is_not_done_by_what_takes_the_place_of_the_disk(
     hosts: Hosts, controller: Controller, on_a_device: None
 ) -> None:
-    for application in hosts.applications:
-        application.finish()
-    hosts.let_pass(5)
-    leader = hosts.worker(controller.disk("wide").cores[0])
-    leader.send_signal(signal.SIGSTOP)
-    hosts.host.faults.short = ("a resize is refused",)
     answers: list[Exception | None] = []
-    controller.resize("wide", MIB // 2, answers.append)
-    hosts.await_true(lambda: device_of(hosts, "wide").size == MIB // 2)
-    hosts.let_pass(0.1)
+    leader = hosts.refuse_cut(answers.append)
     hosts.configure("wide", timeout=7)
-    controller.reload(lambda _: None)
+    hosts.reload()
     leader.send_signal(signal.SIGCONT)
     hosts.let_pass(20)
     assert answers != [None]
@@ -90,16 +77,14 @@ def test_a_cut_that_is_refused_is_not_done_by_what_takes_the_place_of_the_disk(
 def test_a_disk_that_is_taken_out_and_put_back_larger_has_its_new_size(
     hosts: Hosts, controller: Controller, disk: str, seconds: float
 ) -> None:
-    for application in hosts.applications:
-        application.finish()
-    hosts.let_pass(5)
+    hosts.finish_applications()
     disks = hosts.service.config
     hosts.service.config = tuple(spec for spec in disks if spec.name != disk)
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(seconds)
     hosts.service.config = disks
     hosts.configure(disk, options={"size": 8 * MIB})
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(30)
     assert controller.disk(disk).size == 8 * MIB
 
@@ -108,9 +93,7 @@ def test_a_disk_that_is_taken_out_and_put_back_larger_has_its_new_size(
 def test_a_disk_that_is_removed_has_the_size_of_its_next_config(
     hosts: Hosts, controller: Controller, *, crash: bool
 ) -> None:
-    for application in hosts.applications:
-        application.finish()
-    hosts.let_pass(5)
+    hosts.finish_applications()
     hosts.worker(1).send_signal(signal.SIGSTOP)
     controller.remove("moves", lambda _: None)
     hosts.let_pass(0.1)
@@ -118,7 +101,7 @@ def test_a_disk_that_is_removed_has_the_size_of_its_next_config(
     if crash:
         hosts.service.die()
     else:
-        controller.reload(lambda _: None)
+        hosts.reload()
     hosts.let_pass(0.5)
     hosts.worker(1).send_signal(signal.SIGCONT)
     hosts.let_pass(30)
@@ -136,16 +119,14 @@ def test_storage_that_is_corrected_before_it_is_opened_has_the_size_that_was_rea
     for (path, size), seconds in ((("/a", 1), 10), (second, 0), (third, 60)):
         options = {"path": path, "size": size * MIB}
         hosts.service.config = (*disks, DiskSpec("new", "file", options, core=1))
-        controller.reload(lambda _: None)
+        hosts.reload()
         hosts.let_pass(seconds)
     assert hosts.states()["new"] == "online"
     assert controller.disk("new").size == third[1] * MIB
 
 
 @pytest.mark.parametrize("crash", [False, True], ids=["reload", "crash"])
-def test_a_disk_that_names_no_size_has_that_of_its_file(
-    hosts: Hosts, controller: Controller, *, crash: bool
-) -> None:
+def test_a_disk_that_names_no_size_has_that_of_its_file(hosts: Hosts, *, crash: bool) -> None:
     disks = hosts.service.config
     made = {"new": {"path": "/a", "size": 8 * MIB}, "other": {"path": "/b", "size": 4 * MIB}}
     for files in (made, {"new": {"path": "/a"}}, {"new": {"path": "/b"}}):
@@ -154,7 +135,7 @@ def test_a_disk_that_names_no_size_has_that_of_its_file(
         if crash:
             hosts.service.die()
         else:
-            controller.reload(lambda _: None)
+            hosts.reload()
         hosts.let_pass(20)
     assert hosts.states()["new"] == "online"
     assert hosts.reasons()["new"] == ""
@@ -167,7 +148,7 @@ def test_another_way_to_the_same_file_changes_no_size(
 ) -> None:
     disks, options = hosts.service.config, {"path": "/a", "size": 4 * MIB}
     hosts.service.config = (*disks, DiskSpec("new", "file", options, core=1))
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(10)
     answers: list[Exception | None] = []
     controller.resize("new", 2 * MIB, answers.append)
@@ -185,7 +166,7 @@ def test_what_is_to_grow_is_not_cut_as_somebody_else_has_made_it_larger(
 ) -> None:
     hosts.worker(1).send_signal(signal.SIGSTOP)
     hosts.configure("moves", options={"size": 6 * MIB})
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.let_pass(0.3)
     storage = hosts.host.store.find(controller.disk("moves").spec)
     assert storage is not None
@@ -207,7 +188,7 @@ def test_a_disk_that_is_put_back_and_corrected_has_the_size_that_was_read_last(
         hosts.configure("plain", options={"size": size})
         if not size:
             hosts.service.config = tuple(spec for spec in disks if spec.name != "plain")
-        controller.reload(lambda _: None)
+        hosts.reload()
         hosts.let_pass(0.1)
     hosts.worker(1).send_signal(signal.SIGCONT)
     hosts.let_pass(20)

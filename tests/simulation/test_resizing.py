@@ -121,16 +121,8 @@ def test_a_service_that_stops_tells_the_kernel_of_no_block_that_is_not_saved(
 def test_a_cut_that_is_refused_while_the_disk_stops_is_not_done_by_its_next_start(
     hosts: Hosts, controller: Controller, on_a_device: None
 ) -> None:
-    for application in hosts.applications:
-        application.finish()
-    hosts.let_pass(5)
-    leader = hosts.worker(controller.disk("wide").cores[0])
-    leader.send_signal(signal.SIGSTOP)
-    hosts.host.faults.short = ("a resize is refused",)
     answers: list[Exception | None] = []
-    controller.resize("wide", MIB // 2, answers.append)
-    hosts.await_true(lambda: device_of(hosts, "wide").size == MIB // 2)
-    hosts.let_pass(0.1)
+    leader = hosts.refuse_cut(answers.append)
     controller.stop("wide", lambda _: None)
     leader.send_signal(signal.SIGCONT)
     hosts.let_pass(10)
@@ -210,7 +202,7 @@ def test_the_next_controller_learns_the_size_from_who_changes_the_storage(
     hosts.configure("wide", options={"size": 2 * MIB})
     device = device_of(hosts, "wide")
     leader, _ = (hosts.worker(core) for core in controller.disk("wide").cores)
-    controller.reload(lambda _: None)
+    hosts.reload()
     hosts.await_true(lambda: leader.worker.disks["wide"].size == 2 * MIB)
     hosts.service.die()
     hosts.let_pass(60)
