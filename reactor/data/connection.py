@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -104,8 +105,7 @@ class Connection:
             )
             self._receiver.shortcut = self._shortcut.answer
         self._backlog: list[Request] = []
-        self._in_flight = 0
-        self._in_flight_bytes = 0
+        self._in_flight = self._in_flight_bytes = 0
         self._blocked = False  # the socket took no more; EPOLLOUT will come
         self._paused = False  # nothing is received until the backlog is gone
         self._busy = False  # the channel refused; it will call resume
@@ -113,8 +113,8 @@ class Connection:
         self._ending: str | None = None  # why; nothing is received any more
         self._closed: str | None = None
         self._deadline: Timer | None = None
-        self._failures_logged = 0
-        self._failures_until = 0
+        self._until = sys.maxsize  # when it is closed by force, whatever the peer takes
+        self._failures_logged = self._failures_until = 0
         sock.setblocking(False)
         self._events = READABLE
         reactor.add_fd(sock.fileno(), self._on_ready, name=f"connection to {export.name}")
@@ -148,7 +148,7 @@ class Connection:
     def drain(self, seconds: float) -> None:
         """Receive no more, finish and answer what was received, then close.
 
-        After `seconds` the connection is closed by force.
+        After `seconds` the connection is closed by force; being told again puts nothing off.
         """
         self._end("drained", seconds)
 
@@ -183,23 +183,25 @@ class Connection:
         self._ending = self._ending or why
         if self._deadline is not None:
             self._deadline.cancel()
-        until = self._reactor.clock() + int(seconds_max * 1e9)
-        self._await_end(seconds, until)
+        until = self._reactor.clock() + int(max(seconds, seconds_max) * 1e9)
+        self._until = min(self._until, until)
+        self._await_end(seconds)
         self._reactor.mark_flush(self)
 
     def _end_for_peer(self, why: str) -> None:
         self._end(why, DISCONNECT_SECONDS, DISCONNECT_SECONDS_MAX)
 
-    def _await_end(self, seconds: float, until: int) -> None:
+    def _await_end(self, seconds: float) -> None:
         sent = self._outgoing.sent
 
         def expire() -> None:
-            if self._outgoing.sent > sent and self._reactor.clock() < until:
-                self._await_end(seconds, until)
+            if self._outgoing.sent > sent and self._reactor.clock() < self._until:
+                self._await_end(seconds)
             else:
                 self.close(f"{self._ending}, but not finished in {seconds:g} s")
 
-        self._deadline = self._reactor.call_later(seconds, expire)
+        left = (self._until - self._reactor.clock()) / 1e9
+        self._deadline = self._reactor.call_later(min(seconds, left), expire)
 
     def _release(self) -> None:
         """Let go of what a closed connection holds; say so when the channel has finished too."""
@@ -383,10 +385,8 @@ class Connection:
             self._failures_logged += 1
             log.error(
                 "disk %s: %s of %d bytes at %d failed: %s",
-                self._export.name,
-                COMMAND_NAMES[request[COMMAND]],
-                request[LENGTH],
-                request[OFFSET],
+                *(self._export.name, COMMAND_NAMES[request[COMMAND]]),
+                *(request[LENGTH], request[OFFSET]),
                 reason(error),
                 exc_info=error if bug else None,
             )

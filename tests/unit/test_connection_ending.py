@@ -169,6 +169,22 @@ def test_a_second_drain_shortens_the_deadline() -> None:
         pump.until(lambda: pump.closed)
 
 
+def test_a_drain_that_is_said_again_is_not_put_off() -> None:
+    held = HeldChannel(null_disk())
+    with Pump(held) as pump:
+        now = pump.reactor.clock()
+        pump.reactor.clock = lambda: now
+        pump.ask(request(READ, 0, 512))
+        for _ in range(5):  # as a controller says it that has yet to hear of its end
+            assert pump.connection._closed is None
+            pump.connection.drain(10)
+            now += 2_000_000_000
+            pump.turns()
+        assert pump.connection._closed == "drained, but not finished in 10 s"
+        held.finish()
+        pump.until(lambda: pump.closed)
+
+
 def _take_slowly(pump: Pump, seconds: int) -> int:
     """Read what a peer that has ended is sent, `seconds` apart; returns how much came."""
     now = pump.reactor.clock()
