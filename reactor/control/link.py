@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 from reactor.attach.device import Device
 from reactor.control.errand import Errand
 from reactor.control.platform import Platform
-from reactor.control.shares import ANSWER_SECONDS, DRAIN_SECONDS, Geometry, Share
+from reactor.control.shares import DRAIN_SECONDS, DRAINED_SECONDS, Geometry, Share
 from reactor.control.slots import Delivery, Ends, Slot, drop, server, socket_pairs
 from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess
@@ -385,7 +385,7 @@ class DeviceLink:
             [share.worker for share in serving],
             "release",
             "released",
-            DRAIN_SECONDS + ANSWER_SECONDS,
+            DRAINED_SECONDS,
             closed,
             WorkerProcess.kill,
             disk=self._disk,

@@ -19,7 +19,7 @@ from reactor.spec import Address, DiskSpec
 OPEN_SECONDS: Final = 60.0
 REMOVE_SECONDS: Final = 15.0
 DRAIN_SECONDS: Final = 10.0
-ANSWER_SECONDS: Final = 5.0  # what an answer may take beyond the work itself
+DRAINED_SECONDS: Final = 45.0  # until all has ended: a slow medium takes 30 s for what it has
 
 log = logger(__name__)
 
@@ -397,9 +397,8 @@ class Shares:
             assert share is not None
             share.close()
 
-        within = DRAIN_SECONDS + ANSWER_SECONDS
         fields = {"disk": self._disk, "seconds": DRAIN_SECONDS}
-        self._ask(shares, "stop", "stopped", within, stopped, **fields)
+        self._ask(shares, "stop", "stopped", DRAINED_SECONDS, stopped, **fields)
 
     def _ask(
         self,
