@@ -6,6 +6,8 @@ that answers no command has id 0. Repeating a command is harmless.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -13,9 +15,12 @@ import msgpack
 
 from reactor import __version__
 from reactor.errors import BusError
+from reactor.spec import DiskSpec
 
 VERSION: Final = 1
 MESSAGE_MAX: Final = 4 << 20  # bytes; the counters of all disks that a worker can have
+BOOT_FAILURE: Final = 3  # a worker's exit status: starting again will not help
+SHORTAGE: Final = 4  # a worker's exit status: of something that there may be later
 
 Message: TypeAlias = dict[str, Any]
 
@@ -91,8 +96,11 @@ HANDOVERS: Final[dict[str, dict[str, type]]] = {
 
 
 def start_line(arguments: Sequence[str]) -> str:
-    """Return what a worker's program and options are; a controller adopts only its own like."""
-    return " ".join([__version__, *map(repr, arguments)])
+    """Return what a worker's program and options are; a controller adopts only its own like.
+
+    Two builds of one version have each an environment of their own.
+    """
+    return " ".join([__version__, os.path.realpath(sys.prefix), *map(repr, arguments)])
 
 
 def encode(kind: str, **fields: Any) -> bytes:
@@ -118,6 +126,10 @@ def decode(frame: bytes, table: dict[str, dict[str, type]]) -> Message:
     if kind == "hello":
         for report in message["disks"]:
             _check("hello, a disk", report, REPORT)
+            try:
+                DiskSpec.from_message(report["spec"])
+            except (ValueError, TypeError) as error:
+                raise BusError(f"control message hello, a disk: its spec: {error}") from error
     return message
 
 

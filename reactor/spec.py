@@ -146,5 +146,7 @@ class DiskSpec:
     @classmethod
     def from_message(cls, plain: Mapping[str, Any]) -> DiskSpec:
         """Rebuild from `to_message`; raises ValueError or TypeError when it is not one."""
-        listen = tuple(Address.parse(text) for text in plain["listen"])
+        if not isinstance(plain.get("name"), str):
+            raise TypeError("it has no name")
+        listen = tuple(Address.parse(str(text)) for text in plain.get("listen", ()))
         return cls(**{**plain, "listen": listen})

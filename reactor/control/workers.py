@@ -13,7 +13,7 @@ from reactor.control.service import WorkerStatus
 from reactor.errors import reason
 from reactor.log import logger
 from reactor.loop import Timer
-from reactor.messages import Message
+from reactor.messages import BOOT_FAILURE, SHORTAGE, Message
 
 START_SECONDS: Final = 60.0  # from exec to hello
 ADOPT_SECONDS: Final = 20.0  # for which one may end what it had begun: it drains for up to ten
@@ -25,8 +25,6 @@ AWAKE_LOOKS: Final = 2  # in a row tell that it does not wait for a medium
 ABORT_SECONDS: Final = 2.5  # from then on; by SIGABRT (stack dump), at the end by SIGKILL
 BACKOFF_SECONDS: Final = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0)
 STEADY_SECONDS: Final = 60.0  # a worker that lived so long starts its back-off anew
-BOOT_FAILURE: Final = 3  # exit status: starting again will not help
-SHORTAGE: Final = 4  # exit status: of something that there may be later
 SHORTAGE_SECONDS: Final = 1.0
 HANDOVER_SECONDS: Final = 0.02
 

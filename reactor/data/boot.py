@@ -24,10 +24,8 @@ from reactor.data.worker import Worker
 from reactor.errors import ReactorError, error_number, reason
 from reactor.log import FORMATS, LEVELS, logger, set_up
 from reactor.loop import MODES, Reactor
-from reactor.messages import start_line
+from reactor.messages import BOOT_FAILURE, SHORTAGE, start_line
 
-BOOT_FAILURE: Final = 3  # exit status: starting again will not help
-SHORTAGE: Final = 4  # exit status: of something that there may be later
 SHORTAGES: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EAGAIN)
 # For a moment the core's lock may be that of a worker whose controller died while it started.
 LOCK_SECONDS: Final = 1.0

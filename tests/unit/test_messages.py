@@ -9,9 +9,11 @@ import pytest
 
 from reactor.errors import BusError
 from reactor.messages import EVENTS, MESSAGE_MAX, REPORT, VERSION, decode, encode
+from reactor.spec import DiskSpec
 
 PLAIN: dict[type, Any] = {dict: {}, bool: False, list: [], int: 1, str: ""}
-DISK = {name: PLAIN[kind] for name, kind in REPORT.items()}
+SPEC = DiskSpec("a", "null", {"size": 512}).to_message()
+DISK = {**{name: PLAIN[kind] for name, kind in REPORT.items()}, "spec": SPEC}
 
 
 def hello(*disks: object) -> bytes:
@@ -36,6 +38,11 @@ def test_a_hello_is_read() -> None:
         (hello("disk"), "hello, a disk: it is no map"),
         (hello(DISK, {**DISK, "shared": 1}), "hello, a disk: shared is missing or not bool"),
         (hello({**DISK, "size": None}), "hello, a disk: size is missing or not int"),
+        (hello({**DISK, "spec": {}}), "its spec: it has no name"),
+        (hello({**DISK, "spec": {**SPEC, "name": []}}), "its spec: it has no name"),
+        (hello({**DISK, "spec": {**SPEC, "listen": 1}}), "hello, a disk: its spec: "),
+        (hello({**DISK, "spec": {**SPEC, "listen": [1]}}), "hello, a disk: its spec: "),
+        (hello({**DISK, "spec": {**SPEC, "of_tomorrow": 1}}), "hello, a disk: its spec: "),
         (b"\0" * (MESSAGE_MAX + 1), "more than"),
     ],
 )
