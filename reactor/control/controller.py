@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from socket import socket
 from typing import Final
 
@@ -83,7 +84,7 @@ class Controller:
             lambda: options.strict and self._took_over and not self.ready,
             self._configured.is_succeeded,
         )
-        self._left_devices = LeftDevices(platform, self._neighbours.wake)
+        self._left_devices = LeftDevices(platform, partial(self._on_settled, None))
         self._bus = platform.connect(self._on_event)
         self._workforce = Workforce(
             platform, self._bus, options.cores, self._on_worker, self._on_hello
@@ -106,8 +107,7 @@ class Controller:
             name: successor for name, successor in saved.successors.items() if name in now
         }
         known = {wish.spec.name for wish in saved.wishes}
-        left = report_left(platform, {wish.spec.name for wish in wishes})
-        leaving = tuple(self._workforce.leaving)
+        left = report_left(platform, {(wish.spec.backend, wish.spec.name) for wish in wishes})
         if not saved.complete and (survivors := self._workforce.survivors):
             log.warning(
                 "what ran before is not fully known: every disk waits until the worker of core %s,"
@@ -115,23 +115,23 @@ class Controller:
                 ", ".join(map(str, survivors)),
             )
             self._suspects = survivors
-        for saved_wish in wishes:
-            spec = saved_wish.spec
+        for wish in wishes:
+            spec = wish.spec
             # With one connection and no timeout a request may take any time.
             patient = spec.connections == 1 and not spec.timeout
             device = platform.adopt(tag(platform.instance, spec), patient=patient)
             if device is None or spec.device not in ("auto", device.path):
-                spec = saved_wish.answered_spec
+                spec = wish.answered_spec
             if spec.name in known:
-                disk = self._add(replace(saved_wish, spec=spec), known=True)
+                disk = self._add(replace(wish, spec=spec), known=True)
             else:  # a worker that leaves may still listen on its addresses
                 self._configured.note(spec.name, spec)
-                disk = self._add(replace(saved_wish, spec=spec, former=leaving))
+                disk = self._add(replace(wish, spec=spec, former=tuple(self._workforce.leaving)))
             if device is not None:  # also one that it is to leave: in order, and written back
                 disk.adopt(device)
             self._took_over |= spec.name in known | left or device is not None
         self._save()
-        self._left_devices.detach([disk.spec for disk in self._disks.values() if disk.path])
+        self._left_devices.find([disk.spec for disk in self._disks.values() if disk.path])
         self._workforce.begin()
         with self._all_at_once():
             self._configured.resume(now)
@@ -381,8 +381,7 @@ class Controller:
         if made and "size" in disk.spec.options:  # a resize may have ended meanwhile
             spec = spec.with_size(disk.spec.options["size"])
         wish = Wish(spec, placement, successor.desired, made=made, due=disk.due if same else 0)
-        added = self._add(wish, known=same and disk.has_storage)
-        self._saving.soon(added.step)
+        self._saving.soon(self._add(wish, known=same and disk.has_storage).step)
 
     def _report_ready(self) -> None:
         if self._stopping or not self._workforce.up or (self.ready and not self._reloading):
@@ -393,7 +392,7 @@ class Controller:
         if not all(disk.settled for disk in self._disks.values()) and (self.ready or not left):
             return
         first, self.ready, self._reloading = not self.ready, True, False
-        failed = [name for name, disk in self._disks.items() if disk.state == "failed"]
+        failed = [name for name, disk in self._disks.items() if disk.state in ("failed", "removed")]
         if first and failed and self._options.strict:
             tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")
             self.exit_status = 1
@@ -405,6 +404,8 @@ class Controller:
     def _tick(self) -> None:
         self.reactor.call_later(TICK_SECONDS, self._tick)
         self._workforce.look_after(keep_spare=not self._stopping)
+        if self._workforce.known:
+            self._left_devices.detach()
         self._save()
         self._ticks += 1
         for number, disk in enumerate(list(self._disks.values()), self._ticks):
@@ -418,7 +419,7 @@ class Controller:
         if not self._stopping or self._disks or self._forced:
             return
         self._workforce.shut_down()
-        if self._workforce.gone:
+        if self._workforce.gone and not self._left_devices.disks:
             self.reactor.stop()
 
     def _force(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterable
 from functools import partial
 
+from reactor.attach.device import Device
 from reactor.control import tags
 from reactor.control.link import DETACH_SECONDS
 from reactor.control.platform import Platform
@@ -23,50 +25,56 @@ class LeftDevices:
     """
 
     def __init__(self, platform: Platform, on_end: Callable[[], None]) -> None:
-        self.disks: set[str] = set()  # whose devices are on their way to be free
         self._platform = platform
         self._on_end = on_end
+        self._found: list[tuple[str, Device]] = []
+        self._detaching: Counter[str] = Counter()
 
-    def detach(self, adopted: Iterable[DiskSpec]) -> None:
-        """Free those but of the disks `adopted`."""
+    @property
+    def disks(self) -> set[str]:
+        """Whose devices are on their way to be free."""
+        return {disk for disk, _ in self._found} | (+self._detaching).keys()
+
+    def find(self, adopted: Iterable[DiskSpec]) -> None:
+        """Find those but of the disks `adopted`."""
         instance = self._platform.instance
         claimed = {tags.tag(instance, spec) for spec in adopted}
         for tag in self._platform.held(tags.prefix(instance)):
-            disk = tags.disk(tag)
             device = None if tag in claimed else self._platform.adopt(tag)
             if device is not None:
-                log.warning(
-                    "%s is detached: it is no device of disk %s any more", device.path, disk
-                )
-                self.disks.add(disk)
-                self._platform.call(
-                    f"detaching {device.path}",
-                    DETACH_SECONDS,
-                    device.detach,
-                    partial(self._detached, disk),
-                )
+                self._found.append((tags.disk(tag), device))
+
+    def detach(self) -> None:
+        """Free them, now that no worker has them: see `DeviceLink` of one that does not read."""
+        found, self._found = self._found, []
+        for disk, device in found:
+            log.warning("%s is detached: it is no device of disk %s any more", device.path, disk)
+            self._detaching[disk] += 1
+            done = partial(self._detached, disk)
+            name = f"detaching {device.path}"
+            self._platform.call(name, DETACH_SECONDS, device.detach, done)
 
     def _detached(self, disk: str, _: None, error: Exception | None) -> None:
         if error is not None:
             log.error("%s", reason(error))
-        self.disks.discard(disk)
+        self._detaching[disk] -= 1
         self._on_end()
 
 
-def report_left(platform: Platform, disks: Container[str]) -> set[str]:
-    """Return the disks of which data is left; name those other than `disks`.
+def report_left(platform: Platform, disks: Container[tuple[str, str]]) -> set[str]:
+    """Return those of `disks` (backend and name) of which data is left; name all others.
 
-    Only they may use it again.
+    Only a disk of the same backend and name may use it again.
     """
     found = platform.leftovers()
     for backend, name in found:
-        if name not in disks:
+        if (backend, name) not in disks:
             log.warning(
                 "a dead service left data of the %s disk %s: make that disk again to use"
                 " the data, or to remove it",
                 *(backend, name),
             )
-    return {name for _, name in found}
+    return {name for backend, name in found if (backend, name) in disks}
 
 
 def discard(platform: Platform, spec: DiskSpec) -> OSError | None:

@@ -54,6 +54,11 @@ class Workforce:
         return all(worker.state in ("running", "failed") for worker in self.by_core.values())
 
     @property
+    def known(self) -> bool:
+        """Whether every worker has said what it has, or is gone."""
+        return not any(worker.unknown for worker in self.everyone.values())
+
+    @property
     def gone(self) -> bool:
         """Whether no process is left."""
         return all(worker.pid is None for worker in self.everyone.values())
