@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reactor.control.disk import DiskControl
 from reactor.control.obstacles import Uses, obstacle, obstacle_to_removal
 from reactor.control.plan import Machine, Placement, place_anyhow, place_together
 from reactor.control.platform import Platform
-from reactor.control.saved import (
-    Desired,
-    Successor,
-    becomes_in_place,
-    leaves,
-    planned,
-    reconfigured,
-)
+from reactor.control.saved import Desired, Successor, leaves, planned, reconfigured
 from reactor.log import logger
 from reactor.spec import DiskSpec
 
@@ -62,8 +55,10 @@ class Configured:
             stays = disk.desired != "gone" and not disk.due
             if stays and disk.spec == reconfigured(disk.spec, was, spec):
                 self.note(name, spec)
-            else:
-                self._change(disk, spec, obstacles.get(name, ""))
+                continue
+            if was is not None:  # where nobody served it, these are already as the config says
+                self.note(name, replace(was, listen=disk.spec.listen, core=disk.spec.core))
+            self._change(disk, spec, obstacles.get(name, ""))
 
     def plan(self, now: Mapping[str, DiskSpec], machine: Machine) -> Plan:
         """Return how all disks become what the config says now, beside those that must stay.
@@ -246,7 +241,16 @@ class Configured:
     def _in_place(
         self, disk: DiskControl, wanted: DiskSpec, places: Mapping[str, Placement]
     ) -> bool:
-        return becomes_in_place(disk.spec, wanted) and not _is_misplaced(disk, places)
+        return _can_become(disk, wanted) and not _is_misplaced(disk, places)
+
+
+def _can_become(disk: DiskControl, spec: DiskSpec) -> bool:
+    """Whether only its device, its listeners or its size differ."""
+    here = replace(disk.spec, device=spec.device, listen=spec.listen)
+    return here == spec or (
+        "size" in here.options.keys() & spec.options.keys()
+        and here == spec.with_size(here.options["size"])
+    )
 
 
 def _is_misplaced(disk: DiskControl, places: Mapping[str, Placement]) -> bool:

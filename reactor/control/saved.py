@@ -177,25 +177,15 @@ def reconfigured(running: DiskSpec, before: DiskSpec | None, now: DiskSpec) -> D
     return now
 
 
-def becomes_in_place(spec: DiskSpec, wanted: DiskSpec) -> bool:
-    """Whether only the device, the listeners or the size differ."""
-    here = replace(spec, device=wanted.device, listen=wanted.listen)
-    return here == wanted or (
-        "size" in here.options.keys() & wanted.options.keys()
-        and here == wanted.with_size(here.options["size"])
-    )
-
-
 def wishes_at_start(
     saved: SavedState, now: Mapping[str, DiskSpec], serving: Collection[int], machine: Machine
 ) -> list[Wish]:
     """Return what the disks should be: those that were saved, and what is new in the config.
 
-    What a worker of the cores `serving` has stays at first as it is, and so does a disk that must
-    be made anew, which may be refused; the others are at once where the config says, and listen
-    there. All else is changed in order then, as by a reload: the kernel may hold a device that was
-    attached to the old storage, in the old way. A disk of the config that is not among those saved
-    was removed at run time: only another config brings it back.
+    What a worker of the cores `serving` has stays at first as it is; the others listen at once
+    where the config says. All else is changed in order then, as by a reload: the kernel may hold a
+    device that was attached to the old storage, in the old way. A disk of the config that is not
+    among those saved was removed at run time: only another config brings it back.
     """
     known = {wish.spec.name for wish in saved.wishes}
     new = [
@@ -266,9 +256,7 @@ def _renewed(
     was, before, spec = wish.spec, saved.configured.get(wish.spec.name), now.get(wish.spec.name)
     served = any(core in serving for core in wish.placement.cores)
     if spec is not None and spec != before and wish.desired != "gone" and not served:
-        moved = replace(was, listen=spec.listen, core=spec.core)
-        if becomes_in_place(moved, reconfigured(was, before, spec)):
-            was = moved
+        was = replace(was, listen=spec.listen, core=spec.core)
     return replace(wish, spec=fitting(was, machine))
 
 

@@ -193,3 +193,24 @@ def test_a_disk_that_is_put_back_and_corrected_has_the_size_that_was_read_last(
     hosts.worker(1).send_signal(signal.SIGCONT)
     hosts.let_pass(20)
     assert controller.disk("plain").size == 4 * MIB
+
+
+def test_what_a_start_refuses_can_be_taken_back(hosts: Hosts, controller: Controller) -> None:
+    """Listeners and core came at once, as nobody served it: they go back, too."""
+    before = controller.disk("moves").spec
+    next(each for each in hosts.applications if each.disk == "moves").mounts = True
+    hosts.let_pass(3)
+    hosts.configure("moves", timeout=7, listen=(Address("unix", "/run/other.sock"),))
+    hosts.service.die()
+    for core in (0, 1):
+        hosts.worker(core).send_signal(signal.SIGKILL)
+    hosts.let_pass(30)
+    assert "stays as it was" in hosts.reasons()["moves"]
+    hosts.configure("moves", timeout=before.timeout, listen=before.listen)
+    hosts.reload()
+    hosts.let_pass(10)
+    assert hosts.states()["moves"] == "online"
+    assert hosts.reasons()["moves"] == ""
+    assert hosts.service.controller is not None
+    (now,) = (w.disks["moves"].spec for w in hosts.workers() if "moves" in w.disks)
+    assert now.listen == hosts.service.controller.disk("moves").spec.listen == before.listen

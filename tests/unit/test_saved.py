@@ -205,15 +205,6 @@ def test_a_changed_config_counts_for_a_disk_that_nobody_serves() -> None:
     assert at_start(saved, changed, serving=(0,)) == [wish(RAM)], "a worker still has it so"
 
 
-def test_a_disk_that_must_be_made_anew_stays_where_it_is_until_then() -> None:
-    """It may be refused, and what was changed with it is to be taken back then by nobody."""
-    saved = SavedState((wish(RAM),), {}, {"ram": RAM})
-    moved = replace(RAM, listen=FILE.listen, core=1)
-    assert at_start(saved, moved) == [replace(wish(moved, 1), former=(0,))]
-    assert at_start(saved, moved.with_size(1 << 30))[0].placement.core == 1
-    assert at_start(saved, replace(moved, timeout=5)) == [wish(RAM)]
-
-
 def test_a_disk_that_goes_is_not_changed() -> None:
     going = Wish(RAM, Placement(0, (0,)), "gone", hot=True)
     saved = SavedState((going,), {}, {"ram": RAM})
