@@ -98,9 +98,9 @@ HANDOVERS: Final[dict[str, dict[str, type]]] = {
 def start_line(arguments: Sequence[str]) -> str:
     """Return what a worker's program and options are; a controller adopts only its own like.
 
-    Two builds of one version have each an environment of their own.
+    Of two builds of one version it tells those that have each an environment of their own.
     """
-    return " ".join([__version__, os.path.realpath(sys.prefix), *map(repr, arguments)])
+    return " ".join([__version__, *map(repr, (os.path.realpath(sys.prefix), *arguments))])
 
 
 def encode(kind: str, **fields: Any) -> bytes:

@@ -146,7 +146,8 @@ class DiskSpec:
     @classmethod
     def from_message(cls, plain: Mapping[str, Any]) -> DiskSpec:
         """Rebuild from `to_message`; raises ValueError or TypeError when it is not one."""
-        if not isinstance(plain.get("name"), str):
-            raise TypeError("it has no name")
+        for key, kind in (("name", str), ("backend", str), ("options", dict)):
+            if not isinstance(plain.get(key), kind):
+                raise TypeError(f"{key} is missing or not {kind.__name__}")
         listen = tuple(Address.parse(str(text)) for text in plain.get("listen", ()))
         return cls(**{**plain, "listen": listen})
