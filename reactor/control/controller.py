@@ -25,6 +25,7 @@ from reactor.control.readiness import tell_ready
 from reactor.control.saved import SavedState, Wish, wishes_at_start
 from reactor.control.saving import Saving
 from reactor.control.service import DiskStatus, Done, WorkerStatus
+from reactor.control.shares import LET_GO_SECONDS, MEDIUM_SECONDS
 from reactor.control.tags import prefix, tag
 from reactor.control.workers import WorkerProcess, counters
 from reactor.control.workforce import Workforce
@@ -52,8 +53,7 @@ class Controller:
         read_config: Callable[[], Sequence[DiskSpec] | None],
         handed: Mapping[str, Sequence[socket]],  # systemd's listening sockets
     ) -> None:
-        self.started_at = time.time()
-        self.started_ns = platform.reactor.clock()
+        self.started_at, self.started_ns = time.time(), platform.reactor.clock()
         self.exit_status = 0
         self.keeps = options.on_exit == "keep"  # devices, memory and state, when it stops
         self.reactor = platform.reactor
@@ -81,6 +81,7 @@ class Controller:
             self._neighbours.hindrance,
             lambda disk: self._neighbours.attach_hindrance(disk, self._left_devices.disks),
             lambda: self._stopping and self.keeps,
+            lambda: LET_GO_SECONDS + (0 if self._stopping else MEDIUM_SECONDS),
             lambda: options.strict and self._took_over and not self.ready,
             self._configured.is_succeeded,
         )
@@ -99,10 +100,9 @@ class Controller:
         platform, saved = self._platform, saved or SavedState(complete=False)
         if specs is not None and saved.wishes and not saved.complete:
             saved = saved.as_held(specs, platform.held(prefix(platform.instance)))
-        before = saved.configured
-        now = {spec.name: spec for spec in specs} if specs is not None else dict(before)
+        now = {spec.name: spec for spec in specs} if specs is not None else dict(saved.configured)
         wishes = wishes_at_start(saved, now, self._workforce.adopted, self._machine)
-        self._configured.specs |= before
+        self._configured.specs |= saved.configured
         self._configured.successors |= {
             name: successor for name, successor in saved.successors.items() if name in now
         }
@@ -392,7 +392,7 @@ class Controller:
         if not all(disk.settled for disk in self._disks.values()) and (self.ready or not left):
             return
         first, self.ready, self._reloading = not self.ready, True, False
-        failed = [name for name, disk in self._disks.items() if disk.state in ("failed", "removed")]
+        failed = [name for name, disk in self._disks.items() if disk.state == "failed"]
         if first and failed and self._options.strict:
             tell(f"nbd-reactor: not started: {', '.join(failed)} (--strict)")
             self.exit_status = 1
@@ -436,7 +436,7 @@ class Controller:
         self._await_forced()
 
     def _await_forced(self) -> None:
-        if self._disks or not self._workforce.gone:
+        if self._disks or not self._workforce.gone or self._left_devices.disks:
             self.reactor.call_later(0.02, self._await_forced)
         else:
             self.reactor.stop()

@@ -398,7 +398,7 @@ class DiskControl:
         if device is not None and not (stays and device.can_reconnect):
             self._let_go(device)
         elif self._shares.opened:
-            self._shares.stop()
+            self._shares.stop(self._host.let_go_seconds())
         else:
             keep_memory = keeps or self._host.is_succeeded(self)
             if self.desired == "gone" and not keep_memory and self.has_storage:
@@ -421,7 +421,7 @@ class DiskControl:
         """Do the next thing on the way to no device, with its cache written if that can be."""
         link = self._link
         if not self._is_unwritten() or not device.can_reconnect or self._shares.hopeless:
-            link.release(device, write_back=self._writes_back())
+            link.release(device, self._host.let_go_seconds(), write_back=self._writes_back())
         elif not link.reconnect(device):
             self._shares.open_next(self.spec, self._made)
 

@@ -26,5 +26,6 @@ class Host:
     hindrance: Callable[[DiskControl], str]  # what it must wait for before it is opened
     attach_hindrance: Callable[[DiskControl], str]  # ... before it is attached; empty: nothing
     keeps: Callable[[], bool]  # devices and memory stay when the disks go
+    let_go_seconds: Callable[[], float]  # for which workers may take to let go of a disk
     may_fail: Callable[[], bool]  # the start may, and then devices are left as they were found
     is_succeeded: Callable[[DiskControl], bool]  # another disk takes over its storage

@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 from reactor.attach.device import Device
 from reactor.control.errand import Errand
 from reactor.control.platform import Platform
-from reactor.control.shares import DRAIN_SECONDS, DRAINED_SECONDS, Geometry, Share
+from reactor.control.shares import DRAIN_SECONDS, Geometry, Share
 from reactor.control.slots import Delivery, Ends, Slot, drop, server, socket_pairs
 from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess
@@ -336,8 +336,8 @@ class DeviceLink:
         if not self._errand.busy():
             self._errand.pause(0)
 
-    def release(self, device: Device, *, write_back: bool) -> None:
-        """Do the next thing on the way to no device."""
+    def release(self, device: Device, seconds: float, *, write_back: bool) -> None:
+        """Do the next thing on the way to no device; workers have `seconds` to let go of it."""
         serving = self._serving()
         if not serving:
             if write_back and not self.flushed:
@@ -352,7 +352,7 @@ class DeviceLink:
         elif write_back and not self.flushed:
             self._flush(device)
         else:
-            self._close_connections(serving)
+            self._close_connections(serving, seconds)
 
     def detach(self, device: Device) -> None:
         """Take the device from the kernel."""
@@ -371,7 +371,7 @@ class DeviceLink:
         self._detaching = True
         self._errand.call(f"detaching {device.path}", DETACH_SECONDS, device.detach, detached)
 
-    def _close_connections(self, serving: Sequence[Share]) -> None:
+    def _close_connections(self, serving: Sequence[Share], seconds: float) -> None:
         """Have the workers finish what is in flight and close their ends.
 
         DISCONNECT to a device whose worker does not read (because its storage hangs, say) blocks
@@ -385,7 +385,7 @@ class DeviceLink:
             [share.worker for share in serving],
             "release",
             "released",
-            DRAINED_SECONDS,
+            seconds,
             closed,
             WorkerProcess.kill,
             disk=self._disk,

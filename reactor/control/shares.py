@@ -19,7 +19,8 @@ from reactor.spec import Address, DiskSpec
 OPEN_SECONDS: Final = 60.0
 REMOVE_SECONDS: Final = 15.0
 DRAIN_SECONDS: Final = 10.0
-DRAINED_SECONDS: Final = 45.0  # until all has ended: a slow medium takes 30 s for what it has
+LET_GO_SECONDS: Final = 15.0  # until a worker has drained a disk and closed it
+MEDIUM_SECONDS: Final = 30.0  # more, for what a slow medium has of a disk that goes alone
 
 log = logger(__name__)
 
@@ -297,9 +298,9 @@ class Shares:
             self._ask(shares, "remove", "removed", REMOVE_SECONDS, _take, disk=self._disk)
         return bool(shares)
 
-    def stop(self) -> None:
-        """Have the disk drained and closed."""
-        self._stop(self.opened)
+    def stop(self, seconds: float) -> None:
+        """Have the disk drained and closed; after `seconds` its workers are killed."""
+        self._stop(self.opened, seconds)
 
     def kill_silent(self) -> None:
         """Wait no longer than it usually takes, and end the workers that are silent meanwhile."""
@@ -391,14 +392,14 @@ class Shares:
             *(self._disk, share.worker.core, share.given_up),
         )
 
-    def _stop(self, shares: Sequence[Share]) -> None:
+    def _stop(self, shares: Sequence[Share], seconds: float = LET_GO_SECONDS) -> None:
         def stopped(worker: WorkerProcess, _message: Message) -> None:
             share = self.of(worker)
             assert share is not None
             share.close()
 
         fields = {"disk": self._disk, "seconds": DRAIN_SECONDS}
-        self._ask(shares, "stop", "stopped", DRAINED_SECONDS, stopped, **fields)
+        self._ask(shares, "stop", "stopped", seconds, stopped, **fields)
 
     def _ask(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,9 @@ from tests.running import RunningService
 pytestmark = [pytest.mark.kernel, needs_drivers]
 Start = Callable[..., RunningService]
 
+DIRECT = {"name": "direct"}
 HANG_SECONDS = 35.0
+SLOW_SECONDS = 25.0  # with the client's grace longer than an answer may take
 BLOCKED_SECONDS = 16.0  # longer than the controller waits for a worker
 
 
@@ -138,6 +141,33 @@ disks:
         cached.go_on()
     running.await_line("disk cached: its storage kept a whole worker waiting for ")
     assert running.log.count("waits for a medium for") == 1
+    check_nothing_was_ended(running, worker)
+
+
+def test_a_disk_on_a_slow_medium_is_stopped_beside_the_others(
+    media: list[Medium], service: Start, tmp_path: Path
+) -> None:
+    """What the medium has of it ends after the client was let go; that kills no worker."""
+    _, direct, _ = media
+    running = service(f"""
+disks:
+  direct: {{backend: file, path: {direct.path}, direct: true, listen: 'unix:{tmp_path}/d'}}
+  ram: {{backend: malloc, size: 16MiB, device: /dev/nbd1}}
+""")
+    worker = running.workers()[0]
+    stopping = threading.Thread(target=running.rpc, args=["reactor_stop_disk"], kwargs=DIRECT)
+    with Client(tmp_path / "d", "direct") as client:
+        try:
+            direct.hang()
+            client.submit(NBD_CMD_WRITE, 0, 4096, payload=bytes(4096))
+            stopping.start()
+            time.sleep(SLOW_SECONDS)
+            assert stopping.is_alive()
+            fio_verify("/dev/nbd1", "2M")
+        finally:
+            direct.go_on()
+    stopping.join()
+    running.await_state("direct", "stopped")
     check_nothing_was_ended(running, worker)
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import errno
 import signal
-from dataclasses import replace
 
 import pytest
 
-from reactor.control.saved import decode
-from tests.simulation.host import INSTANCE
 from tests.simulation.hosts import Hosts
 
 NAMES = ("stays", "moves", "plain", "wide")
@@ -70,15 +67,3 @@ def test_memory_without_a_device_stays_also_when_nothing_is_saved(
     hosts.host.saved = None
     hosts.await_true(lambda: hosts.service.exit_status == 1)
     assert sorted(hosts.host.store.memories()) == memories
-
-
-def test_a_disk_whose_storage_was_removed_fails_it(hosts: Hosts) -> None:
-    platform, saved = hosts.service.platform, hosts.host.saved
-    assert platform is not None
-    assert saved is not None
-    state = decode(saved, INSTANCE, platform.boot)
-    die_and_fail(hosts)
-    del hosts.host.store.refusals["moves"]
-    wishes = [replace(wish, hot=wish.spec.name == "plain") for wish in state.wishes]
-    hosts.host.saved = replace(state, wishes=wishes).encode(INSTANCE, platform.boot)
-    hosts.await_true(lambda: hosts.service.exit_status == 1)
