@@ -71,12 +71,9 @@ def open_file(
     try:
         status = Path(path).stat()
     except FileNotFoundError:
-        if wanted is None:
-            raise _error(errno.ENOENT, path, "no such file, and no size to create it") from None
-        if readonly:
-            raise _error(errno.ENOENT, path, "no such file, and the disk is read-only") from None
-        if least:
-            raise _error(errno.ENOENT, path, _lost("is gone", least)) from None
+        if problem := _why_not_created(path, wanted, readonly=readonly, least=least):
+            raise _error(errno.ENOENT, path, problem) from None
+        assert wanted is not None
         _create(path, wanted)
         status = Path(path).stat()
     is_device = _require_storage(path, status)
@@ -141,6 +138,17 @@ def _lost(problem: str, least: int) -> str:
         f"{problem}, and had at least {least} when the disk was last open: mount or restore it,"
         " then start the disk; one that is stopped, then started, takes what is there or a new one"
     )
+
+
+def _why_not_created(path: str, wanted: int | None, *, readonly: bool, least: int) -> str:
+    if least:
+        return _lost("is gone", least)
+    real = os.path.realpath(path)
+    if real.startswith("/dev/") and not real.startswith("/dev/shm/"):
+        return "no such device"  # a file in its place would be lost with the next boot
+    if wanted is None:
+        return "no such file, and no size to create it"
+    return "no such file, and the disk is read-only" if readonly else ""
 
 
 def _create(path: str, size: int) -> None:

@@ -50,3 +50,14 @@ def test_a_file_that_has_what_it_had_may_grow(tmp_path: Path, least: int) -> Non
     opened = open_file(options, block_size=None, readonly=False, least=least)
     opened.close()
     assert opened.size == image.stat().st_size == 2 * MIB
+
+
+def test_a_device_that_is_not_there_is_not_made_of_a_file(tmp_path: Path) -> None:
+    name = f"no-{os.getpid()}"
+    (tmp_path / "link").symlink_to("/dev")
+    for path in (Path("/dev", name), tmp_path / "link" / name):
+        options = {"path": str(path), "size": MIB}
+        with pytest.raises(OSError, match="no such device") as caught:
+            open_file(options, block_size=None, readonly=False)
+        assert caught.value.errno == errno.ENOENT
+        assert not path.exists()
