@@ -149,7 +149,6 @@ def test_everything_works_inside_the_sandbox(running: Machine) -> None:
         ' print(r.urlopen("http://127.0.0.1:9100/metrics").read().decode())\''
     )
     assert "nbd_reactor" in metrics
-    assert running.run("cat /sys/block/nbd7/queue/io_timeout /proc/sys/kernel/ostype").split()
     engines = running.run("grep -l io_uring /proc/[0-9]*/maps /proc/[0-9]*/fdinfo/* || true")
     links = running.run(f"ls -l $(printf '/proc/%s/fd ' {workers(running).replace(chr(10), ' ')})")
     assert "io_uring" in engines + links
@@ -184,7 +183,9 @@ def test_a_hung_controller_is_replaced_by_the_watchdog(under_load: Machine) -> N
 def test_reload_says_what_is_refused_and_ends_when_it_is_done(running: Machine) -> None:
     running.write("/etc/nbd-reactor/disks.yaml", DISKS.replace("direct: true", "direct: perhaps"))
     assert not running.succeeds("systemctl reload nbd-reactor")
-    assert "nothing is changed" not in running.run("systemctl show -P StatusText nbd-reactor")
+    journal = running.run("journalctl -b -u nbd-reactor -o cat -n 20")
+    assert "expected true or false" in journal
+    assert "ready: 3 of 3 disks" in running.run("systemctl show -P StatusText nbd-reactor")
     running.write(
         "/etc/nbd-reactor/disks.yaml",
         DISKS + "  more: {backend: malloc, size: 8MiB, device: auto}\n",
