@@ -56,7 +56,7 @@ class Configured:
             if stays and disk.spec == reconfigured(disk.spec, was, spec):
                 self.note(name, spec)
                 continue
-            if was is not None:  # where nobody served it, these are already as the config says
+            if was is not None and disk.desired != "gone":  # these may be as the config says now
                 self.note(name, replace(was, listen=disk.spec.listen, core=disk.spec.core))
             self._change(disk, spec, obstacles.get(name, ""))
 
