@@ -96,19 +96,6 @@ def test_a_start_is_given_up_within_half_of_the_time_that_io_can_wait(tmp_path: 
         )
 
 
-def test_block_devices_below_disks_are_awaited_by_the_names_that_systemd_has(
-    tmp_path: Path,
-) -> None:
-    paths = ["/dev/sdb", "/dev//mapper/vg-a+b=c,d@e", "/dev/shm/image", "/srv/a.img", "/dev/./sdb"]
-    disks = {f"d{number}": {"path": path} for number, path in enumerate(paths)}
-    # As `systemd-escape --path --suffix=device` has them; JSON doubles the backslash.
-    escaped = r"dev-mapper-vg\\x2da\\x2bb\\x3dc\\x2cd\\x40e.device"
-    said = evaluate(
-        "{{ nbd_reactor_device_units | join(' ') }}", {"nbd_reactor_disks": disks}, tmp_path
-    )
-    assert f'"msg": "{escaped} dev-sdb.device"' in said
-
-
 @pytest.mark.parametrize(("word", "removed"), [("", False), ("false", False), ("true", True)])
 def test_images_are_removed_only_when_that_is_said(
     word: str, *, removed: bool, tmp_path: Path
