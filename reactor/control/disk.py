@@ -290,8 +290,10 @@ class DiskControl:
         if self._shares.unknown or self._awaited_former():
             return
         if self._errand.busy():
-            hurry = self._shares.kill_obstructing if self.rising else self._shares.kill_silent
-            hurry()
+            if self.rising:
+                self._shares.kill_obstructing()
+            else:
+                self._shares.kill_silent(self._host.let_go_seconds())
             return
         hindered = self._is_hindered()
         if not self.rising:

@@ -302,9 +302,9 @@ class Shares:
         """Have the disk drained and closed; after `seconds` its workers are killed."""
         self._stop(self.opened, seconds)
 
-    def kill_silent(self) -> None:
-        """Wait no longer than it usually takes, and end the workers that are silent meanwhile."""
-        self._errand.hurry(OPEN_SECONDS)
+    def kill_silent(self, seconds: float) -> None:
+        """Wait for `seconds` at the most, and end the workers that are silent meanwhile."""
+        self._errand.hurry(seconds)
         for share in self._all:
             if self._errand.needs(share.worker) and share.worker.is_silent:
                 share.worker.kill(f"disk {self._disk} must stop and it does not answer")
