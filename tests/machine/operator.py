@@ -16,7 +16,7 @@ from tests.machine.machine import Machine
 
 ROOT = Path(__file__).parents[2]
 COLLECTION = ROOT / "deploy/ansible"
-PLAY_SECONDS = 900  # a deadline: each step takes seconds on an emulated CPU
+PLAY_SECONDS = 1500  # a deadline: each step takes seconds on an emulated CPU, more under load
 VERSION = re.compile(r'^__version__ = ".*"$', re.MULTILINE)
 
 

@@ -267,7 +267,7 @@ def test_way_back_under_load(operator: Operator, machine: Machine, load: None) -
     assert machine.run("systemctl is-active load") == "active"
 
 
-@LONG
+@pytest.mark.timeout(3000)
 @EXTENDED
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_a_release_that_does_not_start_gives_way_to_the_one_before(
