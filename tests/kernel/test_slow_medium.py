@@ -23,7 +23,6 @@ from tests.running import RunningService
 pytestmark = [pytest.mark.kernel, needs_drivers]
 Start = Callable[..., RunningService]
 
-DIRECT = {"name": "direct"}
 HANG_SECONDS = 35.0
 SLOW_SECONDS = 25.0  # with the client's grace longer than an answer may take
 BLOCKED_SECONDS = 16.0  # longer than the controller waits for a worker
@@ -37,11 +36,11 @@ def media(tmp_path: Path) -> Iterator[list[Medium]]:
         yield [made.enter_context(medium(name, tmp_path)) for name in names]
 
 
-def direct_and_ram(direct: Medium) -> str:
-    """Return the config of a disk on a medium and one of memory, both with a device."""
+def direct_and_ram(direct: Medium, served: str = "device: /dev/nbd0") -> str:
+    """Return the config of a disk on a medium, `served` so, and one of memory with a device."""
     return f"""
 disks:
-  direct: {{backend: file, path: {direct.path}, direct: true, device: /dev/nbd0}}
+  direct: {{backend: file, path: {direct.path}, direct: true, {served}}}
   ram: {{backend: malloc, size: 16MiB, device: /dev/nbd1}}
 """
 
@@ -149,13 +148,10 @@ def test_a_disk_on_a_slow_medium_is_stopped_beside_the_others(
 ) -> None:
     """What the medium has of it ends after the client was let go; that kills no worker."""
     _, direct, _ = media
-    running = service(f"""
-disks:
-  direct: {{backend: file, path: {direct.path}, direct: true, listen: 'unix:{tmp_path}/d'}}
-  ram: {{backend: malloc, size: 16MiB, device: /dev/nbd1}}
-""")
+    running = service(direct_and_ram(direct, f"listen: 'unix:{tmp_path}/d'"))
     worker = running.workers()[0]
-    stopping = threading.Thread(target=running.rpc, args=["reactor_stop_disk"], kwargs=DIRECT)
+    name = {"name": "direct"}
+    stopping = threading.Thread(target=running.rpc, args=["reactor_stop_disk"], kwargs=name)
     with Client(tmp_path / "d", "direct") as client:
         try:
             direct.hang()
