@@ -93,6 +93,12 @@ class Hosts:
         self.service.change(cores=(0,))
         self.service.die()
 
+    def die(self) -> None:
+        """End the controller and every worker."""
+        self.service.die()
+        for core in (0, 1):
+            self.worker(core).send_signal(signal.SIGKILL)
+
     def configure(self, name: str, **keys: object) -> None:
         """Change what the config says of a disk; a reload reads it."""
         self.service.config = tuple(

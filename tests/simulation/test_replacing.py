@@ -201,9 +201,7 @@ def test_what_a_start_refuses_can_be_taken_back(hosts: Hosts, controller: Contro
     next(each for each in hosts.applications if each.disk == "moves").mounts = True
     hosts.let_pass(3)
     hosts.configure("moves", timeout=7, listen=(Address("unix", "/run/other.sock"),))
-    hosts.service.die()
-    for core in (0, 1):
-        hosts.worker(core).send_signal(signal.SIGKILL)
+    hosts.die()
     hosts.let_pass(30)
     assert "stays as it was" in hosts.reasons()["moves"]
     hosts.configure("moves", timeout=before.timeout, listen=before.listen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import signal
 
 import pytest
 
@@ -20,9 +19,7 @@ def die_and_fail(hosts: Hosts) -> None:
     """End everything; from now on the storage of one disk cannot be opened."""
     hosts.host.store.refusals["moves"] = OSError(errno.ENOENT, "is gone")
     hosts.service.change(strict=True)
-    hosts.service.die()
-    for core in (0, 1):
-        hosts.worker(core).send_signal(signal.SIGKILL)
+    hosts.die()
 
 
 @pytest.mark.parametrize("wants_its_device", [False, True])
