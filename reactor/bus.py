@@ -75,9 +75,8 @@ class _Socket:
         for _ in range(MESSAGES_PER_TURN):
             if self._socket.closed or not self._readable():
                 return True
-            frames = self._socket.recv_multipart(zmq.NOBLOCK)
             try:
-                self._received(frames)
+                self._received(self._socket.recv_multipart(zmq.NOBLOCK))
             except MemoryError:
                 log.error("a control message could not be handled: out of memory")
             except Exception:

@@ -8,6 +8,9 @@ the turn began.
 An exception that a handler lets through is a bug. It is logged with its traceback and the loop
 goes on, for the sake of the other disks; a handler that fails `FAILURES_MAX` times in a row is
 called no more, or it would fail for ever.
+
+One that lacks memory is nobody's bug. What is called again, as a timer or what stays ready, makes
+up for it; a kick, a call or an edge does not come again, and with it a request may be lost.
 """
 
 from __future__ import annotations
@@ -70,15 +73,18 @@ class Flushable(Protocol):
 class Poller:
     """A function that the loop calls."""
 
-    __slots__ = ("before_sleep", "failures", "function", "name")
+    __slots__ = ("before_sleep", "comes_once", "failures", "function", "name")
 
     def __init__(
         self,
         name: str,
         function: Callable[..., bool],
         before_sleep: Callable[[], bool] | None = None,
+        *,
+        comes_once: bool = False,
     ) -> None:
         self.name = name
+        self.comes_once = comes_once
         self.function = function
         self.before_sleep = before_sleep
         self.failures = 0  # in a row
@@ -99,7 +105,10 @@ class Timer:
 
 
 class Reactor:
-    """One event loop. Not thread-safe but for `call_from_thread`."""
+    """One event loop. Not thread-safe but for `call_from_thread`.
+
+    With `stop_at_loss` it stops when a call that does not come again lacked memory: `lost` says so.
+    """
 
     def __init__(
         self,
@@ -108,8 +117,11 @@ class Reactor:
         clock: Callable[[], int] = time.monotonic_ns,
         poll: PollFunction | None = None,
         spin_ns: int = SPIN_NS,
+        stop_at_loss: bool = False,
     ) -> None:
         self.mode = mode
+        self.lost = False
+        self._stop_at_loss = stop_at_loss
         self.clock = clock
         self.busy_ns = 0
         self.idle_ns = 0
@@ -142,7 +154,7 @@ class Reactor:
     ) -> None:
         """Call `handler(events)` whenever `fd` is ready; it returns whether it did work."""
         self._epoll.register(fd, events)
-        self._handlers[fd] = Poller(name, handler)
+        self._handlers[fd] = Poller(name, handler, comes_once=bool(events & select.EPOLLET))
 
     def modify_fd(self, fd: int, events: int) -> None:
         """Wait for `events` on `fd` from now on (0: only hang-ups and errors)."""
@@ -204,14 +216,14 @@ class Reactor:
     def mark_kick(self, channel: Kickable) -> None:
         """Kick `channel` at the end of this turn."""
         if not channel.kick_due:
+            self._kicks.append(channel)  # first: it may lack memory
             channel.kick_due = True
-            self._kicks.append(channel)
 
     def mark_flush(self, connection: Flushable) -> None:
         """Flush `connection` at the end of this turn."""
         if not connection.flush_due:
-            connection.flush_due = True
             self._flushes.append(connection)
+            connection.flush_due = True
 
     # --- running ---
 
@@ -315,7 +327,7 @@ class Reactor:
     def _failed(self, poller: Poller) -> None:
         """Report the exception that `poller` let through."""
         if isinstance(sys.exception(), MemoryError):
-            self._lack_memory(poller.name)
+            self._lack_memory(poller.name, comes_again=not poller.comes_once)
             return
         poller.failures += 1
         more = "called again" if poller.failures < FAILURES_MAX else "called no more"
@@ -351,18 +363,18 @@ class Reactor:
             function, timer.function = timer.function, None
             if function is not None:
                 busy = True
-                self._guard(function)
+                self._guard(function, comes_again=True)
         return busy
 
     def _run_calls(self) -> None:
         for _ in range(len(self._calls)):
-            self._guard(self._calls.popleft())
+            self._guard(self._calls.popleft(), comes_again=False)
 
     def _run_kicks(self) -> None:
         kicks, self._kicks = self._kicks, []
         for channel in kicks:
             channel.kick_due = False
-            self._guard(channel.kick)
+            self._guard(channel.kick, comes_again=False)
 
     def _run_flushes(self) -> bool:
         sent = False
@@ -375,20 +387,28 @@ class Reactor:
                 log.exception("a bug in %s", type(connection).__qualname__)
         return sent
 
-    def _guard(self, function: Callable[[], object]) -> None:
+    def _guard(self, function: Callable[[], object], *, comes_again: bool) -> None:
         """Call `function` once; its bug must not keep the others from their turn."""
         try:
             function()
         except MemoryError:
-            self._lack_memory(getattr(function, "__qualname__", str(function)))
+            name = getattr(function, "__qualname__", str(function))
+            self._lack_memory(name, comes_again=comes_again)
         except Exception:
             log.exception("a bug in %s", getattr(function, "__qualname__", function))
 
-    @staticmethod
-    def _lack_memory(name: str) -> None:
-        """Report a failure that is nobody's bug; what stays ready must not fail in a busy loop."""
+    def lose(self) -> None:
+        """Note that something that does not come again was lost for want of memory."""
+        if self._stop_at_loss:
+            self.lost = True
+            self.stop()
+
+    def _lack_memory(self, name: str, *, comes_again: bool) -> None:
+        if not comes_again:
+            self.lose()
         log.error("%s: out of memory", name)
-        time.sleep(SHORTAGE_SECONDS)
+        if not self.lost:
+            time.sleep(SHORTAGE_SECONDS)  # what stays ready must not fail in a busy loop
 
     def _drain_wakeup(self, _events: int) -> bool:
         os.eventfd_read(self._wakeup)

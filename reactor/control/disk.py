@@ -403,11 +403,12 @@ class DiskControl:
             self._shares.stop(self._host.let_go_seconds())
         else:
             keep_memory = keeps or self._host.is_succeeded(self)
-            if self.desired == "gone" and not keep_memory and self.has_storage:
-                if self._made:
-                    self._made = 0
-                    self.step()  # that is saved first
-                    return
+            discards = self.desired == "gone" and not keep_memory and self.has_storage
+            if self._made and (discards or self.desired == "stopped"):
+                self._made = 0  # by a stop: a way out, should its storage be gone
+                self.step()  # that is saved first
+                return
+            if discards:
                 self._left = discard(self._host.platform, self.spec)
             self._settle()
 

@@ -359,7 +359,7 @@ class WorkerProcess:
                 self._on_change(self)
                 return
             self._count_death()
-            self._plan_respawn(hopeless=status == BOOT_FAILURE)
+            self._plan_respawn(cannot_start=status == BOOT_FAILURE)
         self._on_change(self)
 
     def _await_resources(self) -> None:
@@ -377,22 +377,21 @@ class WorkerProcess:
             self._lost_ns = self._reactor.clock()
         self._boot_deaths += 1
 
-    def _keeps_dying(self) -> bool:
-        """Whether it is to be given up.
+    def _is_given_up(self, *, cannot_start: bool) -> bool:
+        """Whether it is not started again.
 
-        One that cannot even boot may lack memory and be unable to say so; what it serves has no
-        fault then, and is not taken from who would wait for it.
+        One that cannot even boot may lack memory and be unable to say so, or what it lacks may
+        come back; what it serves has no fault then, and is not taken from who would wait for it.
         """
         most = len(BACKOFF_SECONDS)
         lost = (self._reactor.clock() - self._lost_ns) / 1e9
-        return self._quick_deaths > most or (
-            self._quick_deaths + self._boot_deaths > most and lost >= self._patience
-        )
+        tried = cannot_start or self._quick_deaths + self._boot_deaths > most
+        return self._quick_deaths > most or (tried and lost >= self._patience)
 
-    def _plan_respawn(self, *, hopeless: bool) -> None:
-        if hopeless or self._keeps_dying():
+    def _plan_respawn(self, *, cannot_start: bool) -> None:
+        if self._is_given_up(cannot_start=cannot_start):
             self.state = "failed"
-            why = "cannot start; the log says why" if hopeless else "keeps dying"
+            why = "cannot start; the log says why" if cannot_start else "keeps dying"
             self.failure = f"the worker of core {self.core} {why}"
             log.error("worker core %d is given up; starting a disk of it tries again", self.core)
             return

@@ -99,6 +99,18 @@ def _await_core(arguments: argparse.Namespace) -> tuple[int, int] | None:
     return core, controller
 
 
+def _pin(core: int) -> None:
+    for thread in Path("/proc/self/task").iterdir():  # ZeroMQ's will be where its maker is
+        try:
+            os.sched_setaffinity(int(thread.name), {core})
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Who waits for its devices is better served from another CPU than by none.
+            log.warning("CPU %d is offline, or not for this service: others do its work", core)
+            return
+
+
 def _open_parent(controller: int) -> int | None:
     """Return a descriptor of the process that started this one; None when it is gone.
 
@@ -126,20 +138,19 @@ def _name(arguments: argparse.Namespace, name: str) -> None:
 
 
 def main() -> int:
-    """Run a worker until the controller says `shutdown`."""
+    """Run a worker until the controller says `shutdown`; returns its exit status."""
     arguments = _arguments()
     try:
         told = _await_core(arguments)
         if told is None:
             return 0
         core, controller = told
-        for thread in Path("/proc/self/task").iterdir():  # ZeroMQ's will be where its maker is
-            os.sched_setaffinity(int(thread.name), {core})
+        _pin(core)
         lock = _lock_core(arguments.runtime_dir, core)
         parent = _open_parent(controller)
         if parent is None:
             return 0
-        reactor = Reactor(arguments.mode)
+        reactor = Reactor(arguments.mode, stop_at_loss=True)
         worker = Worker(reactor, core, arguments.runtime_dir, arguments.instance, parent)
         reactor.add_signal(signal.SIGTERM, worker.end_if_orphaned)
     except (OSError, ReactorError, MemoryError) as error:
@@ -152,4 +163,4 @@ def main() -> int:
     worker.close()
     reactor.close()
     os.close(lock)
-    return 0
+    return SHORTAGE if reactor.lost else 0

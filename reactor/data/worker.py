@@ -119,8 +119,7 @@ class Worker:
             self._try(handler, message)
         except MemoryError:
             # A command without an answer holds up its disk for a minute; the next worker is soon.
-            log.critical("no memory to answer the controller: this worker ends")
-            self._reactor.stop()
+            self._lose("to answer the controller")
 
     def _try(self, handler: Callable[[Message], None], message: Message) -> None:
         try:
@@ -384,6 +383,16 @@ class Worker:
     def _take_handover(self, header: bytes, fds: list[int], *, cut_short: bool) -> None:
         socks: list[socket.socket] = []
         try:
+            self._take_over(header, fds, socks, cut_short=cut_short)
+        except MemoryError:
+            # A device's connection that nobody reads, and whose end nobody told, hangs for ever.
+            close_all(socks)
+            self._lose("to take what the controller hands over")
+
+    def _take_over(
+        self, header: bytes, fds: list[int], socks: list[socket.socket], *, cut_short: bool
+    ) -> None:
+        try:
             while fds:
                 socks.append(socket.socket(fileno=fds[-1]))
                 fds.pop()
@@ -406,6 +415,11 @@ class Worker:
             if message["type"] == "connection":
                 fields = {name: message[name] for name in ("disk", "generation")}
                 self._bus.send("disconnected", reason=reason(error), **fields)
+
+    def _lose(self, what: str) -> None:
+        """End for want of memory: the next worker makes up for it."""
+        self._reactor.lose()
+        log.critical("no memory %s: this worker ends", what)
 
     def _take(self, message: Message, socks: list[socket.socket]) -> None:
         if message["type"] == "listener":

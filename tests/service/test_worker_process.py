@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.commands import ctl
@@ -144,3 +145,20 @@ def test_a_worker_whose_parent_died_before_it_began_ends(tmp_path: Path) -> None
     os.close(ended)
     assert (tmp_path / "worker-0.lock").exists()
     assert not (tmp_path / "worker-0.sock").exists()
+
+
+def test_a_worker_whose_cpu_is_offline_runs_on_the_others(tmp_path: Path) -> None:
+    core = 1000
+    worker = [sys.executable, "-m", "reactor.data", *worker_arguments(tmp_path)]
+    with subprocess.Popen(
+        worker, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stderr
+        process.stdin.write(f"{core} {os.getpid()}\n")
+        process.stdin.flush()
+        assert f"CPU {core} is offline" in process.stderr.readline()
+        while not (tmp_path / f"worker-{core}.sock").exists():
+            assert process.poll() is None
+        assert psutil.Process(process.pid).cpu_affinity() == sorted(os.sched_getaffinity(0))
+        process.kill()

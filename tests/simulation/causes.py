@@ -18,6 +18,7 @@ class Causes:
         self._struck: dict[tuple[str, str], int] = {}  # (disk or "" for all, text): when
         self._ever: set[str] = set()
         self._deaths: dict[int, int] = {}  # by core, in this life of the controller
+        self._unable: set[int] = set()  # cores whose worker could not start, in this life too
 
     def strike(self, disk: str, text: str) -> None:
         """Note a fault; an empty `disk` stands for all."""
@@ -28,13 +29,18 @@ class Causes:
         """Note the death of a worker that nobody wanted to end."""
         self._deaths[core] = self._deaths.get(core, 0) + 1
 
+    def could_not_start(self, core: int) -> None:
+        """Note that a worker ended since it could not start; only devices are waited for then."""
+        self._unable.add(core)
+
     def new_controller(self) -> None:
         """Note that the deaths are counted anew."""
         self._deaths.clear()
+        self._unable.clear()
 
     def gave_up(self, core: int) -> bool:
-        """Whether a core's workers died so often that it may be done without."""
-        return self._deaths.get(core, 0) >= QUICK_DEATHS
+        """Whether a core's workers died so often, or so, that it may be done without."""
+        return self._deaths.get(core, 0) >= QUICK_DEATHS or core in self._unable
 
     def is_online(self, disk: str) -> None:
         """Forget what a disk has got over."""
@@ -46,8 +52,9 @@ class Causes:
         """Whether a fault of this disk, or of a core that the reason names, led to this end."""
         if any(text in reason for other, text in self._struck if other in ("", disk)):
             return True
-        cores = (core for core in self._deaths if self.gave_up(core))
-        return any(f"worker of core {core} keeps dying" in reason for core in cores)
+        why = [f"worker of core {core} cannot start" for core in self._unable]
+        why += [f"worker of core {core} keeps dying" for core in self._deaths if self.gave_up(core)]
+        return any(text in reason for text in why)
 
     def any_ever(self, disk: str) -> bool:
         """Whether something ever struck the disk, or all."""
@@ -56,4 +63,5 @@ class Causes:
     @property
     def any(self) -> bool:
         """Whether some disk may fail."""
-        return bool(self._struck) or any(self.gave_up(core) for core in self._deaths)
+        gave_up = any(self.gave_up(core) for core in self._deaths)
+        return bool(self._struck) or gave_up or bool(self._unable)

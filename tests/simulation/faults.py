@@ -23,7 +23,10 @@ RATES: Final = {
     "a resize is refused": 0.3,
     "a worker is short of memory": 0.2,
     "a worker dies as it boots": 0.2,
+    "a worker cannot start": 0.2,
     "no memory to open a disk": 0.0,
+    "no memory for what is handed over": 0.1,
+    "nothing to detach a device with": 0.2,
     "slow calls": 0.3,
 }
 #: Of which some strike always while memory or descriptors are short.
@@ -32,7 +35,10 @@ SHORTAGES: Final = (
     "no socket",
     "a worker is short of memory",
     "a worker dies as it boots",
+    "a worker cannot start",
     "no memory to open a disk",
+    "no memory for what is handed over",
+    "nothing to detach a device with",
 )
 #: Said once, to a worker that is connected, and not waited for without end.
 NEVER_LOST: Final = ("shutdown",)

@@ -7,13 +7,13 @@ from collections import deque
 from typing import Any, Final
 
 from reactor.control import tags
-from reactor.messages import HANDOVERS, Message, decode, encode
+from reactor.messages import BOOT_FAILURE, HANDOVERS, SHORTAGE, Message, decode, encode
 from reactor.spec import DiskSpec
 from tests.simulation.bus import Hub
 from tests.simulation.causes import Causes
 from tests.simulation.faults import Faults
 from tests.simulation.kernel import Driver
-from tests.simulation.processes import SHORTAGE, WorkerProcess
+from tests.simulation.processes import WorkerProcess
 from tests.simulation.storage import Store
 from tests.simulation.streams import End
 from tests.simulation.worker import Worker
@@ -76,6 +76,8 @@ class Host:
         """Forget a process."""
         self.world.note("%s is gone", process)
         del self.processes[process.pid]
+        if process.status == BOOT_FAILURE:
+            self.causes.could_not_start(process.core)
         if process.status not in (0, SHORTAGE):
             self.causes.died(process.core)
         if self.core_locks.get(process.core) is process:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from reactor.messages import BOOT_FAILURE, SHORTAGE
 from tests.simulation.world import NS, Event, World
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from tests.simulation.streams import End
     from tests.simulation.worker import Worker
 
-BOOT_FAILURE: Final = 3
-SHORTAGE: Final = 4  # exit status: of something that there may be later
 LOCK_TRIES: Final = 10
 LOCK_PAUSE: Final = 0.1
 BOOT_SECONDS: Final = 0.5  # from exec to the first hello, usually
@@ -96,6 +95,9 @@ class WorkerProcess:
             return
         if self.host.faults.strikes("a worker is short of memory"):
             self.exit(SHORTAGE)
+            return
+        if self.host.faults.strikes("a worker cannot start"):
+            self.exit(BOOT_FAILURE)
             return
         if self.host.faults.strikes("a worker dies as it boots"):
             self.exit(-signal.SIGABRT)

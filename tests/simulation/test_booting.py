@@ -1,4 +1,4 @@
-"""A worker that dies, or hangs, before its hello."""
+"""A worker that dies, or hangs, before its hello, or lacks memory right after it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from tests.simulation.hosts import Hosts
 from tests.simulation.processes import WorkerProcess
 
 FAILING = "a worker dies as it boots"
+UNABLE = "a worker cannot start"  # and says so by its exit status
 OLD_LIMIT_SECONDS = 60.0  # in which it dies more often than one may that has come up
 USED = ("stays", "moves", "wide")  # that have a device
 ONLINE = dict.fromkeys((*USED, "plain"), "online")
 
 
-def lose_worker(hosts: Hosts, core: int) -> None:
-    hosts.host.faults.short = (FAILING,)
+def lose_worker(hosts: Hosts, core: int, why: str = FAILING) -> None:
+    hosts.host.faults.short = (why,)
     hosts.worker(core).send_signal(signal.SIGKILL)
 
 
-def test_devices_wait_for_one_that_cannot_boot(hosts: Hosts) -> None:
-    lose_worker(hosts, 1)
+@pytest.mark.parametrize("why", [FAILING, UNABLE])
+def test_devices_wait_for_one_that_cannot_boot(hosts: Hosts, why: str) -> None:
+    lose_worker(hosts, 1, why)
     hosts.let_pass(10 * OLD_LIMIT_SECONDS - 60)
     assert hosts.states() == {
         **ONLINE,
@@ -40,6 +42,27 @@ def test_a_next_controller_waits_too(hosts: Hosts) -> None:
     assert "failed" not in hosts.states().values()
     hosts.host.faults.end()
     hosts.await_states(**ONLINE)
+
+
+@pytest.mark.parametrize("why", [FAILING, UNABLE])
+def test_devices_of_the_dead_wait_for_workers_that_cannot_boot(hosts: Hosts, why: str) -> None:
+    hosts.host.faults.short = (why,)
+    hosts.die()
+    hosts.let_pass(OLD_LIMIT_SECONDS)
+    assert all(hosts.states()[name] == "starting" for name in USED)
+    hosts.host.faults.end()
+    hosts.await_true(lambda: all(hosts.states()[name] == "online" for name in USED))
+
+
+def test_one_that_says_that_it_cannot_start_is_given_up_at_once_where_no_device_waits(
+    hosts: Hosts,
+) -> None:
+    for name in USED:
+        hosts.free(name)
+    lose_worker(hosts, 1, UNABLE)
+    hosts.let_pass(10)
+    assert hosts.states()["plain"] == "failed"
+    assert "cannot start" in hosts.reasons()["plain"]
 
 
 def test_one_that_cannot_boot_is_given_up_when_no_device_waits_any_more(hosts: Hosts) -> None:
@@ -94,3 +117,15 @@ def test_one_that_hangs_before_its_hello_is_replaced_as_soon_as_another(
     assert hosts.signals(signal.SIGKILL, hung) == 0, "it aborts, though it was stopped"
     assert f"(pid {hung.pid}) is silent for" in caplog.text
     hosts.await_states(**ONLINE)
+
+
+def test_a_worker_without_memory_for_a_connection_is_followed_by_another(hosts: Hosts) -> None:
+    dead, devices = hosts.worker(0), hosts.host.driver.configured()
+    hosts.host.faults.short = ("no memory for what is handed over",)
+    dead.send_signal(signal.SIGKILL)
+    hosts.let_pass(10)
+    assert sum("ends with status 4" in noted for noted in hosts.world.trace or ()) > 1
+    hosts.host.faults.end()
+    hosts.await_states(stays="online", moves="online", plain="online", wide="online")
+    assert hosts.worker(0) is not dead
+    assert not any(device.disconnected for device in devices)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from reactor.errors import reason
-from reactor.messages import Message
+from reactor.messages import SHORTAGE, Message
 from reactor.protocol.wire import (
     NBD_FLAG_CAN_MULTI_CONN,
     NBD_FLAG_HAS_FLAGS,
@@ -368,6 +368,9 @@ class Worker:
     def take_descriptors(self) -> None:
         """Take what waits in the mailbox."""
         for end, header in self.process.host.take_mail(self.process):
+            if self.process.host.faults.strikes("no memory for what is handed over"):
+                self.process.exit(SHORTAGE)
+                return
             disk = self.disks.get(header["disk"])
             if disk is None or disk.on_stopped is not None:
                 end.close()

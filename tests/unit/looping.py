@@ -50,8 +50,8 @@ def poll(clock: Clock) -> Poll:
 def make(clock: Clock, poll: Poll) -> Iterator[Callable[..., Reactor]]:
     made: list[Reactor] = []
 
-    def reactor(mode: Mode = "interrupt") -> Reactor:
-        made.append(Reactor(mode, clock=clock, poll=poll))
+    def reactor(mode: Mode = "interrupt", *, stop_at_loss: bool = False) -> Reactor:
+        made.append(Reactor(mode, clock=clock, poll=poll, stop_at_loss=stop_at_loss))
         return made[-1]
 
     yield reactor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -108,6 +109,63 @@ def test_a_handler_that_fails_now_and_then_is_kept(
         poll.ready = [(pair[0].fileno(), READABLE)]
         reactor.turn()
     assert next(outcomes, None) is None  # called every time
+
+
+# --- no memory ---
+
+
+def lacking(*_: object) -> bool:
+    raise MemoryError
+
+
+class Lacking:
+    flush_due = kick_due = False
+    kick = flush = lacking
+
+
+@pytest.mark.parametrize("stop_at_loss", [False, True])
+def test_what_comes_again_may_lack_memory(
+    make: Callable[..., Reactor],
+    poll: Poll,
+    pair: tuple[socket.socket, socket.socket],
+    *,
+    stop_at_loss: bool,
+) -> None:
+    reactor = make("poll", stop_at_loss=stop_at_loss)
+    reactor.add_fd(pair[0].fileno(), lacking, name="socket")
+    reactor.add_poller(lacking, name="poller")
+    reactor.call_later(0, lacking)
+    for _ in range(FAILURES_MAX * 2):
+        poll.ready = [(pair[0].fileno(), READABLE)]
+        reactor.turn()
+    assert not reactor.lost
+    assert pair[0].fileno() in reactor._handlers
+
+
+@pytest.mark.parametrize("what", ["kick", "call", "edge"])
+@pytest.mark.parametrize("stop_at_loss", [False, True])
+def test_what_is_called_once_may_not_where_that_would_lose_a_request(
+    make: Callable[..., Reactor],
+    poll: Poll,
+    pair: tuple[socket.socket, socket.socket],
+    what: str,
+    *,
+    stop_at_loss: bool,
+) -> None:
+    reactor = make("poll", stop_at_loss=stop_at_loss)
+    if what == "kick":
+        reactor.mark_kick(Lacking())
+    elif what == "call":
+        reactor.call_from_thread(lacking)
+    else:
+        events = READABLE | select.EPOLLET
+        reactor.add_fd(pair[0].fileno(), lacking, name="edge", events=events)
+        poll.ready = [(pair[0].fileno(), READABLE)]
+    if stop_at_loss:
+        reactor.run()
+    else:
+        reactor.turn()
+    assert reactor.lost == stop_at_loss
 
 
 # --- other threads and signals ---
