@@ -118,7 +118,7 @@ class Controller:
         for wish in wishes:
             spec = wish.spec
             # With one connection and no timeout a request may take any time.
-            patient = spec.connections == 1 and not spec.timeout
+            patient = len(wish.placement.connections) == 1 and not spec.timeout
             device = platform.adopt(tag(platform.instance, spec), patient=patient)
             if device is None or spec.device not in ("auto", device.path):
                 spec = wish.answered_spec

@@ -249,6 +249,7 @@ class DiskControl:
         """Take over a device that the kernel still holds for the disk."""
         log.info("disk %s: the kernel still holds %s", self.spec.name, device.path)
         self._link.adopt(device, self.spec)
+        self._shares.bear(self.spec.dead_timeout)
         self._made, self._known = self._made or 1, True  # also when the state was lost
 
     def found(self, share: Share, report: Mapping[str, Any] | None, asked_ns: int) -> bool:
@@ -485,8 +486,6 @@ class DiskControl:
         if self.settled:
             return
         self.settled = True
-        if self.desired == "stopped":
-            self._made = 0  # a way out, should its storage be gone
         self._answer_attach(failure or self.path or OSError(errno.ENODEV, "the disk is stopped"))
         answers = self._answers.take(self.desired, failure, self._left)
         self._host.on_settled(self)

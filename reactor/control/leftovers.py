@@ -8,7 +8,7 @@ from functools import partial
 
 from reactor.attach.device import Device
 from reactor.control import tags
-from reactor.control.link import DETACH_SECONDS
+from reactor.control.freeing import free
 from reactor.control.platform import Platform
 from reactor.errors import ReactorError, error_number, reason
 from reactor.log import logger
@@ -50,13 +50,9 @@ class LeftDevices:
         for disk, device in found:
             log.warning("%s is detached: it is no device of disk %s any more", device.path, disk)
             self._detaching[disk] += 1
-            done = partial(self._detached, disk)
-            name = f"detaching {device.path}"
-            self._platform.call(name, DETACH_SECONDS, device.detach, done)
+            free(self._platform, device, partial(self._detached, disk))
 
-    def _detached(self, disk: str, _: None, error: Exception | None) -> None:
-        if error is not None:
-            log.error("%s", reason(error))
+    def _detached(self, disk: str) -> None:
         self._detaching[disk] -= 1
         self._on_end()
 

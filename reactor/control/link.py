@@ -9,6 +9,7 @@ from typing import Final, TypeAlias
 
 from reactor.attach.device import Device
 from reactor.control.errand import Errand
+from reactor.control.freeing import DETACH_SECONDS, free
 from reactor.control.platform import Platform
 from reactor.control.shares import DRAIN_SECONDS, Geometry, Share
 from reactor.control.slots import Delivery, Ends, Slot, drop, server, socket_pairs
@@ -22,7 +23,6 @@ from reactor.spec import DiskSpec
 ATTACH_SECONDS: Final = 30.0
 PROBE_SECONDS: Final = 30.0
 FLUSH_SECONDS: Final = 60.0
-DETACH_SECONDS: Final = 30.0
 RETRY_SECONDS: Final = 0.05
 SHORTAGE_SECONDS: Final = 1.0
 DYING_SECONDS: Final = 1.0  # from one try to reach a worker that is dying to the next
@@ -479,9 +479,4 @@ class DeviceLink:
     def _detach_late(self, device: Device) -> None:
         """Undo an attach that came through after its deadline."""
         log.warning("%s was attached too late and is detached again", device.path)
-
-        def detached(_: None, error: Exception | None) -> None:
-            if error is not None:
-                log.error("disk %s: %s", self._disk, reason(error))
-
-        self._platform.call(f"detaching {device.path}", DETACH_SECONDS, device.detach, detached)
+        free(self._platform, device, lambda: None)

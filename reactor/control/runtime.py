@@ -170,7 +170,7 @@ def _left_worker(path: Path) -> LeftWorker | None:
                 lock.seek(0)
                 pid, _, start_line = lock.read(LINE_MAX).decode(errors="replace").partition("\n")
                 # A worker that has just taken the lock shows the pid of who had it before.
-                if pid.isascii() and pid.isdigit() and int(pid) in _owners(lock.fileno()):
+                if pid in _owners(lock.fileno()):
                     return LeftWorker(
                         int(core), int(pid), os.pidfd_open(int(pid)), start_line.strip()
                     )
@@ -183,11 +183,11 @@ def _left_worker(path: Path) -> LeftWorker | None:
     return None
 
 
-def _owners(fd: int) -> set[int]:
-    """Return the processes that hold a flock on the file (proc(5), /proc/locks)."""
+def _owners(fd: int) -> set[str]:
+    """Return the pids of those who hold a flock on the file (proc(5), /proc/locks)."""
     inode = f":{os.fstat(fd).st_ino}"
     lines = (line.split() for line in Path("/proc/locks").read_text().splitlines())
-    return {int(line[4]) for line in lines if line[1] == "FLOCK" and line[5].endswith(inode)}
+    return {line[4] for line in lines if line[1] == "FLOCK" and line[5].endswith(inode)}
 
 
 @contextmanager

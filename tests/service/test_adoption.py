@@ -315,15 +315,16 @@ def test_a_disk_that_cannot_be_made_removes_nothing(service: Start, tmp_path: Pa
     assert "error" in after.rpc_raw("reactor_start_disk", name="b", keys=nowhere)
 
 
+@pytest.mark.parametrize("written", [None, "9" * 8000], ids=["another's", "no pid"])
 def test_the_pid_of_another_process_in_a_lock_file_is_not_believed(
-    service: Start, tmp_path: Path
+    service: Start, tmp_path: Path, written: str | None
 ) -> None:
     """As for a moment after a worker took the lock that another one had before it."""
     running = service(ram(tmp_path, "a"))
     assert running.stop() == 0
     with subprocess.Popen(["sleep", "100"]) as stranger:
         lock = running.runtime_dir / "worker-0.lock"
-        lock.write_text(f"{stranger.pid}\n")
+        lock.write_text(f"{written or stranger.pid}\n")
         with lock.open() as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             after = again(service, running, await_ready=False)

@@ -341,6 +341,8 @@ class SimulatedCall:
             return
         result, error = None, None
         try:
+            if self._name.startswith("detaching"):
+                platform.host.faults.check("nothing to detach a device with", NO_SOCKET)
             result = self._function()
         except Waits as waits:
             self._function = waits.again

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.simulation.hosts import Hosts
+from tests.simulation.hosts import Hosts, device_of
 
 
 @pytest.mark.parametrize("stops", [False, True], ids=["serves on", "stops"])
@@ -33,3 +33,17 @@ def test_a_device_is_detached_when_no_worker_can_have_it_any_more(
     hosts.await_true(lambda: not is_held())
     if not stops:
         hosts.await_states(stays="online", plain="online", wide="online")
+
+
+def test_a_device_is_detached_once_there_is_what_that_takes(hosts: Hosts) -> None:
+    hosts.finish_applications()
+    hosts.die()
+    hosts.host.saved = None
+    hosts.service.config = tuple(spec for spec in hosts.service.config if spec.name != "moves")
+    device = device_of(hosts, "moves")
+    hosts.host.faults.short = ("nothing to detach a device with",)
+    hosts.await_true(lambda: hosts.states().get("stays") == "online")
+    hosts.let_pass(5)
+    assert device.configured
+    hosts.host.faults.end()
+    hosts.await_true(lambda: not device.configured)

@@ -12,6 +12,7 @@ from reactor.control.saving import Saving
 from reactor.spec import Address
 from tests.simulation.host import INSTANCE
 from tests.simulation.hosts import Hosts
+from tests.simulation.world import NS
 
 SAVE_SECONDS = 0.3  # as with thousands of disks
 
@@ -132,3 +133,20 @@ def test_what_takes_the_place_of_a_disk_is_saved_before_it_is_attached(
     hosts.worker(0).send_signal(signal.SIGKILL)  # all others may go on now
     hosts.await_true(lambda: any(d.disk == "moves" for d in hosts.host.driver.configured()))
     assert saved(hosts, "moves").spec.block_size == 4096
+
+
+def test_a_stopped_disk_stays_so(hosts: Hosts) -> None:
+    """What else was to be noted of it was noted before its stop was answered."""
+    hosts.finish_applications()
+    answers: list[object] = []
+    assert hosts.service.controller is not None
+    hosts.service.controller.stop("stays", answers.append)
+    hosts.await_true(lambda: bool(answers))
+    seen, end = set(), hosts.world.now + 15 * NS
+
+    def look() -> bool:
+        seen.add(hosts.states()["stays"])
+        return hosts.world.now > end
+
+    hosts.await_true(look)
+    assert seen == {"stopped"}
