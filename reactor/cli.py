@@ -43,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     streams.open_missing()
     try:
         arguments = parser().parse_args(argv)
+        if arguments.lock_memory and arguments.mode == "poll":
+            raise UsageError(
+                "--lock-memory makes workers realtime processes, which must sleep: not with"
+                " --mode poll"
+            )
         if arguments.check:
             return _check(arguments)
         return _serve(arguments)
@@ -232,10 +237,6 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    if arguments.lock_memory and arguments.mode == "poll":
-        raise UsageError(
-            "--lock-memory makes workers realtime processes, which must sleep: not with --mode poll"
-        )
     runtime_dir = (arguments.runtime_dir or default_runtime_dir()).absolute()
     if arguments.runtime_dir is None:
         _make_private(runtime_dir)

@@ -70,7 +70,8 @@ def test_disks_that_cannot_be_right_are_refused_with_their_names(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nbd_reactor_options=--cores=0-1"], 'JSON, as {"nbd_reactor_options": ["ITEM"]}.'),
+        (["nbd_reactor_options=--cores=0-1"], "nbd_reactor_options: a list is meant, with -e in"),
+        (["nbd_reactor_nbds_max=32769"], "the driver has at most 32768 devices."),
         (["nbd_reactor_packages=a,b"], "nbd_reactor_packages: a list is meant"),
         (['nbd_reactor_disks={"data": {}}'], "nbd_reactor_disks: keys and values are meant."),
         (["nbd_reactor_defaults=direct=true"], "nbd_reactor_defaults: keys and values are meant."),
@@ -111,6 +112,24 @@ def test_the_tags_choose_in_every_playbook_that_has_the_role(playbook: str, tmp_
     words = ("--tags", "nbd_reactor_preflight", "--extra-vars", "nbd_reactor_options=text")
     said = play(COLLECTION / f"playbooks/{playbook}.yml", {}, tmp_path, *words, status=2)
     assert "nbd_reactor_options: a list is meant" in said
+
+
+def test_a_wheel_lies_beside_what_it_needs(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("nbd_reactor-1.0.1", "nbd_reactor-1.0.2", "msgpack-1.1.0"):
+        (wheels / f"{name}-py3-none-any.whl").write_text(name)
+    wheel = str(wheels / "nbd_reactor-1.0.2-py3-none-any.whl")
+    variables = {
+        "nbd_reactor_wheels": str(wheels),
+        "nbd_reactor_wheel": wheel,
+        "nbd_reactor_host": {"stdout": '{"python": "3.11.2"}'},
+        "ansible_python_interpreter": sys.executable,
+    }
+    choose = {"include_role": {"name": str(ROLE), "tasks_from": "source.yml", "public": True}}
+    show = {"debug": {"msg": "{{ nbd_reactor_own }} and {{ nbd_reactor_files | length }} in all"}}
+    said = play(write(tmp_path, [choose, show]), variables, tmp_path)
+    assert f"['{wheel}'] and 2 in all" in said
 
 
 def preflight(variables: dict, home: Path, *extra: str) -> str:

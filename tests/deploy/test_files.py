@@ -19,6 +19,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "CONFIG", tmp_path / "disks.yaml")
     monkeypatch.setattr(module, "RELEASES", tmp_path / "home/releases")
     monkeypatch.setattr(module, "TAKEN", tmp_path / "taken.json")
+    monkeypatch.setattr(module, "MADE", tmp_path / "home/directories.json")
+    monkeypatch.setattr(module, "SHARED", tmp_path / "share")
     return module
 
 
@@ -41,6 +43,19 @@ def test_files_and_links_are_placed_once(files: ModuleType, tmp_path: Path) -> N
     with pytest.raises(OSError, match="unit"):
         files.place(*arguments, "change")
     assert (tmp_path / "etc/system/unit").read_text() == "second"
+
+
+def test_of_the_shared_directories_those_go_that_it_made(files: ModuleType, tmp_path: Path) -> None:
+    share = tmp_path / "share"
+    (share / "zsh/site-functions").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    names = ("zsh/site-functions/_it", "man/man5/it.5", "man/man8/it.8")
+    links = {str(share / name): "/opt/it" for name in names}
+    files.place(str(tmp_path), "{}", json.dumps(links), "change")
+    (share / "man/man8/another.8").touch()
+    files.remove(json.dumps([*links, str(tmp_path / "home")]), "change")
+    left = [str(path.relative_to(share)) for path in sorted(share.rglob("*"))]
+    assert left == ["man", "man/man8", "man/man8/another.8", "zsh", "zsh/site-functions"]
 
 
 def test_what_was_made_is_removed_once(files: ModuleType, tmp_path: Path) -> None:

@@ -22,11 +22,13 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name in ("block", "releases", "memory"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(module, name.upper(), tmp_path / name)
-    monkeypatch.setattr(module, "INSTANCE", tmp_path / "instance")
+    monkeypatch.setattr(module, "RUNTIME", tmp_path / "run")
+    monkeypatch.setattr(module, "INSTANCE", tmp_path / "run/nbd-reactor/instance")
     monkeypatch.setattr(module, "CONFIG", tmp_path / "disks.yaml")
     monkeypatch.setattr(module, "FSTAB", tmp_path / "fstab")
     monkeypatch.setattr(module, "PYTHON", Path(sys.executable))
-    (tmp_path / "instance").write_text("0123abcd\n")
+    module.INSTANCE.parent.mkdir(parents=True)
+    module.INSTANCE.write_text("0123abcd\n")
     return module
 
 
@@ -222,9 +224,12 @@ def test_what_outlived_the_service_is_named(
 ) -> None:
     monkeypatch.setattr(host, "PROC", tmp_path / "proc")
     assert host.left() == []
-    attach(host, "nbd0", "nbd-reactor:another0:0:data")
-    attach(host, "nbd1", "somebody")
-    (host.MEMORY / "nbd-reactor-data").touch()
+    (host.RUNTIME / "nbd-reactor-db").mkdir()
+    (host.RUNTIME / "nbd-reactor-db/instance").write_text("4567cdef\n")
+    for name, tag in enumerate(("0123abcd", "4567cdef", "another0")):
+        attach(host, f"nbd{name}", f"nbd-reactor:{tag}:0:data")
+        (host.MEMORY / f"nbd-reactor-{tag}-data").touch()
+    attach(host, "nbd3", "somebody")
     (host.MEMORY / "other").touch()
     (tmp_path / "proc/10").mkdir(parents=True)
     line = f"7f00 r-xp 0 08:01 1 {host.RELEASES}/1-a/lib/yaml.so"
@@ -232,8 +237,10 @@ def test_what_outlived_the_service_is_named(
     (tmp_path / "proc/10/cmdline").write_text("nbd-reactor: worker\0")
     assert host.left() == [
         "process 10 (nbd-reactor: worker)",
-        "/dev/nbd0 (nbd-reactor:another0:0:data)",
-        str(host.MEMORY / "nbd-reactor-data"),
+        "/dev/nbd0 (nbd-reactor:0123abcd:0:data)",
+        "/dev/nbd1 (nbd-reactor:4567cdef:0:data)",
+        str(host.MEMORY / "nbd-reactor-0123abcd-data"),
+        str(host.MEMORY / "nbd-reactor-4567cdef-data"),
     ]
 
 

@@ -135,8 +135,10 @@ def test_wrong_usage_is_one_line_and_exits_2(arguments: list[str], problem: str)
     assert line.endswith("; see nbd-reactor --help")
 
 
-def test_realtime_workers_must_sleep() -> None:
-    assert wrong_usage("--lock-memory", "--mode", "poll").endswith("not with --mode poll")
+@pytest.mark.parametrize("check", [[], ["--check", "--config", "/dev/null"]])
+def test_realtime_workers_must_sleep(check: list[str]) -> None:
+    line = wrong_usage("--lock-memory", "--mode", "poll", *check)
+    assert line.endswith("not with --mode poll")
 
 
 def test_a_core_that_does_not_exist() -> None:

@@ -25,8 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 CONFIG = Path("/etc/nbd-reactor/disks.yaml")
+MODES = {CONFIG: 0o640}  # of what not all may read
+MADE = Path("/opt/nbd-reactor/directories.json")  # [path, ...] below SHARED that were not there
 RELEASES = Path("/opt/nbd-reactor/releases")
 RUNS = ("systemctl", "is-active", "--quiet", "nbd-reactor.service", "nbd-reactor@*.service")
+SHARED = Path("/usr/local/share")  # with other programs
 TAKEN = Path("/opt/nbd-reactor/taken.json")  # path to content
 
 
@@ -52,11 +55,22 @@ def place(prefix: str, copies: str, links: str, mode: str) -> list[str]:
 def replace(target: Path, make: Callable[[Path], object]) -> None:
     """Make a file beside the target, and put it in its place in one step."""
     os.umask(0o022)
+    missing = [path for path in target.parents if SHARED in path.parents and not path.exists()]
+    if missing:
+        text = json.dumps([*made(), *map(str, missing)])
+        replace(MADE, lambda new: write(new, text.encode()))
     target.parent.mkdir(parents=True, exist_ok=True)
     new = beside(target)
     new.unlink(missing_ok=True)
     make(new)
     new.replace(target)
+
+
+def made() -> list[str]:
+    """Return the shared directories that it made; none when the note is not there, or was torn."""
+    with contextlib.suppress(ValueError):
+        return [*map(str, json.loads(read(MADE)))]
+    return []
 
 
 def beside(target: Path) -> Path:
@@ -116,7 +130,7 @@ def restore() -> list[str] | None:
         if content(path) == noted:
             continue
         changed.append(name)
-        mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o644
+        mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else MODES.get(path, 0o644)
         if noted is None:
             path.unlink()
         elif "link" in noted:
@@ -166,6 +180,10 @@ def remove(paths: str, mode: str) -> list[str]:
     for path in map(Path, json.loads(paths)):
         beside(path).unlink(missing_ok=True)  # of a run that was killed
     for path in found:
+        if path == MADE.parent:  # its note goes with it
+            for directory in sorted(made(), key=len, reverse=True):
+                with contextlib.suppress(OSError):  # it is gone, or somebody else's too by now
+                    Path(directory).rmdir()
         empty(path)
         if path.is_symlink() or not path.is_dir():
             path.unlink()

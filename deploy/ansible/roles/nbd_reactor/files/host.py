@@ -5,7 +5,7 @@ host.py patience                        for how many seconds I/O can wait on eac
                                         dead_timeout; 0 when the service does not say
 host.py online SECONDS DISKS WHICH      waits for the disks: [line, ...] about those not online;
                                         with WHICH configured for those that the config has by now
-host.py left                            what outlived the service: [line, ...]
+host.py left                            what outlived the services: [line, ...]
 host.py used [KEPT]                     what uses devices of the service: [line, ...]
 host.py users DEVICE                    what uses one device: [line, ...]
 host.py releases                        what runs: {release: [process, ...]}
@@ -46,7 +46,8 @@ keys = {name: {**dict(config.get("defaults", "")), **dict(own)}
 print(json.dumps({name: str(own.get("device", "")) for name, own in keys.items()}))
 """
 PROC = Path("/proc")
-INSTANCE = Path("/run/nbd-reactor/instance")  # begins the tags of the service's devices
+RUNTIME = Path("/run")
+INSTANCE = RUNTIME / "nbd-reactor/instance"  # begins the tags of the service's devices
 REMOTE = "remote-fs-pre.target"
 TAG = re.compile(r"(UUID|LABEL|PARTUUID|PARTLABEL)=.")
 UNIT = "nbd-reactor.service"
@@ -157,12 +158,18 @@ def listed() -> list[dict[str, Any]]:
 
 
 def left() -> list[str]:
-    """Return a line for each process, device and memory that outlived the service."""
-    tags = {path.name: owner(path.name) for path in BLOCK.glob("nbd*") if is_attached(path.name)}
+    """Return a line for each process, device and memory that outlived the services of the units.
+
+    Not of others, which somebody runs from elsewhere.
+    """
+    devices = sorted(path.name for path in BLOCK.glob("nbd*") if is_attached(path.name))
+    instances = [read(path).decode().strip() for path in RUNTIME.glob("nbd-reactor*/instance")]
+    ours = tuple(f"nbd-reactor:{instance}:" for instance in instances if instance)
+    memory = tuple(tag.replace(":", "-") for tag in ours)
     return [
         *(f"process {process}" for found in releases().values() for process in found),
-        *(f"/dev/{name} ({tag})" for name, tag in tags.items() if tag.startswith("nbd-reactor:")),
-        *(str(path) for path in sorted(MEMORY.glob("nbd-reactor-*"))),
+        *(f"/dev/{name} ({owner(name)})" for name in devices if owner(name).startswith(ours)),
+        *(str(path) for path in sorted(MEMORY.iterdir()) if path.name.startswith(memory)),
     ]
 
 
