@@ -9,8 +9,8 @@ An exception that a handler lets through is a bug. It is logged with its traceba
 goes on, for the sake of the other disks; a handler that fails `FAILURES_MAX` times in a row is
 called no more, or it would fail for ever.
 
-One that lacks memory is nobody's bug. What is called again, as a timer or what stays ready, makes
-up for it; a kick, a call or an edge does not come again, and with it a request may be lost.
+One that lacks memory is nobody's bug. What stays ready is called again, and who sets a timer does
+without it; a kick, a flush, a call or an edge does not come again, and a request may be lost by it.
 """
 
 from __future__ import annotations
@@ -383,6 +383,8 @@ class Reactor:
             connection.flush_due = False
             try:
                 sent |= connection.flush()
+            except MemoryError:
+                self._lack_memory(type(connection).__qualname__, comes_again=False)
             except Exception:
                 log.exception("a bug in %s", type(connection).__qualname__)
         return sent

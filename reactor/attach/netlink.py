@@ -175,8 +175,9 @@ class NetlinkDevice(Device):
             raise
 
     def detach(self) -> None:
-        self._holder = sysfs.pid(self.index)
-        if self._holder is not None:
+        holder = sysfs.pid(self.index)
+        self._holder = self._holder or holder
+        if holder is not None and holder == self._holder:  # else an earlier try has freed it
             self._check_ours()
             self._ask("cannot be detached", NBD_CMD_DISCONNECT)
             try:

@@ -26,7 +26,7 @@ FLUSH_SECONDS: Final = 60.0
 RETRY_SECONDS: Final = 0.05
 SHORTAGE_SECONDS: Final = 1.0
 DYING_SECONDS: Final = 1.0  # from one try to reach a worker that is dying to the next
-TRIES_MAX: Final = 200
+TRIES_AT_ONCE: Final = 200
 SOCKET_TRIES: Final = 10
 TRIES_PER_COUNT: Final = 10
 HANDOVER_TRIES: Final = 200  # while a queue is full (net.unix.max_dgram_qlen), say
@@ -71,6 +71,7 @@ class DeviceLink:
         self._left: Device | None = None  # it had this one, which others still have open
         self._adopted = False  # an earlier controller attached it, with so many sockets as it knew
         self._tries = self._tries_for_sockets = self._failed_probes = 0
+        self._tried_ns = self._first_tried_ns = 0
         self._dead_timeout = 0  # seconds for which the kernel holds I/O
         self._waited = 0.0  # seconds, for calls that did not finish
         self._linked_ns = 0
@@ -209,9 +210,7 @@ class DeviceLink:
             # By ioctl the kernel's thread is gone with its socket: only a new attach helps.
             self.detach(device)
             return
-        if self._tries >= TRIES_MAX:
-            message = f"{device.path} lost its connection {TRIES_MAX} times in short order"
-            self._on_failed(DeviceError(errno.EIO, message))
+        if self._tries >= TRIES_AT_ONCE and self._rests(device):
             return
         # The kernel replaces its dead sockets in their order. So the first are for the workers
         # that are there, each at its own place if it can be.
@@ -221,6 +220,8 @@ class DeviceLink:
         pairs = self._socket_pairs(mended)
         if pairs is None:
             return
+        self._tried_ns = self._reactor.clock()
+        self._first_tried_ns = self._first_tried_ns if self._tries else self._tried_ns
         self._tries += 1
         kernel_ends, deliveries = pairs
         worker_ends = [delivery.end for delivery in deliveries]
@@ -246,6 +247,22 @@ class DeviceLink:
             lambda: device.reconnect(kernel_ends, worker_ends),
             reconnected,
         )
+
+    def _rests(self, device: Device) -> bool:
+        """Pause from one try to the next, or fail when I/O has waited for as long as it may.
+
+        Its workers may lack the memory for a connection, as all that tells of a shortage.
+        """
+        now = self._reactor.clock()
+        seconds = (now - self._first_tried_ns) / 1e9
+        if seconds >= self._dead_timeout:
+            message = f"{device.path} lost its connection {self._tries} times in {seconds:.0f} s"
+            self._on_failed(DeviceError(errno.EIO, message))
+            return True
+        pause = SHORTAGE_SECONDS - (now - self._tried_ns) / 1e9
+        if pause > 0:
+            self._errand.pause(pause)
+        return pause > 0
 
     def _probe(self, device: Device) -> None:
         """Read from the device: only then is it known to work."""

@@ -314,6 +314,7 @@ class WorkerProcess:
         """Start again a worker that was given up."""
         if self.state == "failed":
             self._quick_deaths = self._boot_deaths = 0
+            self._patience = 0.0
             self.spawn()
 
     def bear(self, seconds: float) -> None:

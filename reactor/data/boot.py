@@ -138,7 +138,7 @@ def _name(arguments: argparse.Namespace, name: str) -> None:
 
 
 def main() -> int:
-    """Run a worker until the controller says `shutdown`; returns its exit status."""
+    """Run a worker until the controller says `shutdown`; return its exit status."""
     arguments = _arguments()
     try:
         told = _await_core(arguments)
@@ -160,7 +160,9 @@ def main() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     garbage.collect_by_timer(reactor)
     reactor.run()
+    if reactor.lost:
+        os._exit(SHORTAGE)  # as one that is killed: to tidy up would take memory, too
     worker.close()
     reactor.close()
     os.close(lock)
-    return SHORTAGE if reactor.lost else 0
+    return 0

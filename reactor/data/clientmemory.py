@@ -88,9 +88,10 @@ class ClientMemory:
 
     def _resume(self) -> None:
         self._wake = None
-        waiting, self._waiting = self._waiting, {}
-        for client in waiting:
-            client.resume()
+        for client in list(self._waiting):  # it may come to wait again, or be forgotten
+            if client in self._waiting:
+                del self._waiting[client]
+                client.resume()
 
     def _close_slow(self) -> None:
         self._look = None

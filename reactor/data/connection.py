@@ -14,16 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from backends.api import (
-    COMMAND,
-    LENGTH,
-    OFFSET,
-    Buffer,
-    Busy,
-    Channel,
-    Releasable,
-    Request,
-)
+from backends.api import COMMAND, LENGTH, OFFSET, Buffer, Busy, Channel, Releasable, Request
 from reactor.data.clientmemory import RESERVE, ClientMemory, Share
 from reactor.data.counters import Counters
 from reactor.data.outgoing import REPLY_BYTES, Outgoing
@@ -428,7 +419,10 @@ class Connection:
         """Submit again what the channel had no room for."""
         if self._busy:
             self._busy = False
-            self._go_on()
+            try:
+                self._go_on()
+            except MemoryError:
+                self.close("there is no memory for it")
 
     def _go_on(self) -> None:
         """Submit more of what was received; when all is, receive again, or end."""

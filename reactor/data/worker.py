@@ -377,6 +377,9 @@ class Worker:
             except OSError as error:
                 log.error("taking descriptors: %s", reason(error))
                 return
+            except MemoryError:
+                self._lose("to take what the controller hands over")
+                return
             cut_short = bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
             self._take_handover(header, fds, cut_short=cut_short)
 
@@ -386,8 +389,8 @@ class Worker:
             self._take_over(header, fds, socks, cut_short=cut_short)
         except MemoryError:
             # A device's connection that nobody reads, and whose end nobody told, hangs for ever.
+            self._lose("to refuse what the controller hands over")
             close_all(socks)
-            self._lose("to take what the controller hands over")
 
     def _take_over(
         self, header: bytes, fds: list[int], socks: list[socket.socket], *, cut_short: bool
@@ -408,7 +411,7 @@ class Worker:
             if cut_short:  # no descriptors were left for it
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             self._take(message, socks)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             level = INFO if message["type"] == "client" else WARNING  # who gave it serves it
             log.log(level, "handover refused: %s", reason(error))
             close_all(socks)

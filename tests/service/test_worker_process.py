@@ -162,3 +162,29 @@ def test_a_worker_whose_cpu_is_offline_runs_on_the_others(tmp_path: Path) -> Non
             assert process.poll() is None
         assert psutil.Process(process.pid).cpu_affinity() == sorted(os.sched_getaffinity(0))
         process.kill()
+
+
+def test_a_worker_that_lost_an_answer_for_want_of_memory_is_followed_by_another(
+    service: Start, tmp_path: Path
+) -> None:
+    program, short = copy_program(tmp_path / "program"), tmp_path / "short"
+    path = program / "reactor/data/connection.py"
+    completed = "        self._in_flight -= 1\n        if command"
+    lacking = f"        if os.path.exists({str(short)!r}):\n            raise MemoryError\n"
+    text = path.read_text()
+    assert text.count(completed) == 1
+    path.write_text(text.replace(completed, lacking + completed))
+    options = f"path: {tmp_path}/image, size: 8MiB, listen: 'unix:{tmp_path}/a.sock'"
+    running = service(f"disks:\n  a: {{backend: file, {options}}}\n", program=program)
+    nbdsh(tmp_path, "a", "h.pwrite(b'a' * 4096, 0); h.flush()")
+    short.touch()
+    lost = (
+        "try:\n    h.flush()\nexcept nbd.Error:\n    pass\nelse:\n    raise SystemExit('answered')"
+    )
+    nbdsh(tmp_path, "a", lost)
+    short.unlink()
+    running.await_line("worker core 0 ended by itself with status 4")
+    running.await_line("worker core 0 runs")
+    running.await_state("a", "online")
+    nbdsh(tmp_path, "a", "assert h.pread(4096, 0) == b'a' * 4096")
+    assert "Traceback" not in running.log

@@ -18,7 +18,8 @@ class Causes:
         self._struck: dict[tuple[str, str], int] = {}  # (disk or "" for all, text): when
         self._ever: set[str] = set()
         self._deaths: dict[int, int] = {}  # by core, in this life of the controller
-        self._unable: set[int] = set()  # cores whose worker could not start, in this life too
+        self._unable: set[int] = set()  # cores whose worker could not start, and was not awaited
+        self._unable_since: dict[int, int] = {}  # others: when it first could not
 
     def strike(self, disk: str, text: str) -> None:
         """Note a fault; an empty `disk` stands for all."""
@@ -29,18 +30,28 @@ class Causes:
         """Note the death of a worker that nobody wanted to end."""
         self._deaths[core] = self._deaths.get(core, 0) + 1
 
-    def could_not_start(self, core: int) -> None:
-        """Note that a worker ended since it could not start; only devices are waited for then."""
-        self._unable.add(core)
+    def could_not_start(self, core: int, awaited_seconds: float) -> None:
+        """Note that a worker ended since it could not start; devices wait for it for so long."""
+        since = self._unable_since.setdefault(core, self._world.now)
+        if self._world.now - since >= awaited_seconds * NS:
+            self._unable.add(core)
+
+    def came_up(self, core: int) -> None:
+        """Note that a worker is there."""
+        self._unable_since.pop(core, None)
 
     def new_controller(self) -> None:
         """Note that the deaths are counted anew."""
         self._deaths.clear()
         self._unable.clear()
+        self._unable_since.clear()
 
     def gave_up(self, core: int) -> bool:
         """Whether a core's workers died so often, or so, that it may be done without."""
-        return self._deaths.get(core, 0) >= QUICK_DEATHS or core in self._unable
+        return self._keeps_dying(core) or core in self._unable
+
+    def _keeps_dying(self, core: int) -> bool:
+        return self._deaths.get(core, 0) >= QUICK_DEATHS
 
     def is_online(self, disk: str) -> None:
         """Forget what a disk has got over."""
@@ -53,7 +64,8 @@ class Causes:
         if any(text in reason for other, text in self._struck if other in ("", disk)):
             return True
         why = [f"worker of core {core} cannot start" for core in self._unable]
-        why += [f"worker of core {core} keeps dying" for core in self._deaths if self.gave_up(core)]
+        dying = filter(self._keeps_dying, self._deaths)
+        why += [f"worker of core {core} keeps dying" for core in dying]
         return any(text in reason for text in why)
 
     def any_ever(self, disk: str) -> bool:
@@ -63,5 +75,4 @@ class Causes:
     @property
     def any(self) -> bool:
         """Whether some disk may fail."""
-        gave_up = any(self.gave_up(core) for core in self._deaths)
-        return bool(self._struck) or gave_up or bool(self._unable)
+        return bool(self._struck or self._unable) or any(map(self._keeps_dying, self._deaths))

@@ -25,7 +25,8 @@ RATES: Final = {
     "a worker dies as it boots": 0.2,
     "a worker cannot start": 0.2,
     "no memory to open a disk": 0.0,
-    "no memory for what is handed over": 0.1,
+    "no memory for what is handed over": 0.2,
+    "no memory to refuse what is handed over": 0.1,
     "nothing to detach a device with": 0.2,
     "slow calls": 0.3,
 }
@@ -38,6 +39,7 @@ SHORTAGES: Final = (
     "a worker cannot start",
     "no memory to open a disk",
     "no memory for what is handed over",
+    "no memory to refuse what is handed over",
     "nothing to detach a device with",
 )
 #: Said once, to a worker that is connected, and not waited for without end.

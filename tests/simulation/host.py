@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 from reactor.control import tags
@@ -45,6 +46,8 @@ class Host:
         self.hub = Hub(world, self.faults)
         self.version = 1  # of the program that is installed
         self.controller_pid = 0  # of the living one
+        #: For how long devices wait for a core's worker.
+        self.awaited_seconds: Callable[[int], float] = lambda _core: 0.0
         self.saved: bytes | None = None
         self.boots = 1
         self.saves = 0  # how often that was replaced
@@ -77,7 +80,7 @@ class Host:
         self.world.note("%s is gone", process)
         del self.processes[process.pid]
         if process.status == BOOT_FAILURE:
-            self.causes.could_not_start(process.core)
+            self.causes.could_not_start(process.core, self.awaited_seconds(process.core))
         if process.status not in (0, SHORTAGE):
             self.causes.died(process.core)
         if self.core_locks.get(process.core) is process:

@@ -103,6 +103,7 @@ class WorkerProcess:
             self.exit(-signal.SIGABRT)
             return
         self.host.core_locks[self.core] = self
+        self.host.causes.came_up(self.core)
         self.worker = self.host.make_worker(self)
 
     # --- running ---

@@ -34,6 +34,7 @@ class Service:
         self.exit_status = 0  # of it
         self.took_over = False  # disks of one that died, or was to keep them
         self._host = host
+        host.awaited_seconds = self._awaited_seconds
 
     @property
     def stopped(self) -> bool:
@@ -106,6 +107,11 @@ class Service:
     def must_keep(self, exit_status: int) -> bool:
         """Whether devices, memory and state must stay: by option, or as a strict start failed."""
         return self.options.on_exit == "keep" or (bool(exit_status) and self.took_over)
+
+    def _awaited_seconds(self, core: int) -> float:
+        disks = self.controller._disks.values() if self.controller is not None else ()
+        on_core = (disk for disk in disks if disk.path and core in disk.placement.cores)
+        return max((float(disk.spec.dead_timeout) for disk in on_core), default=0.0)
 
     def _bury(self) -> None:
         assert self.platform is not None

@@ -119,13 +119,34 @@ def test_one_that_hangs_before_its_hello_is_replaced_as_soon_as_another(
     hosts.await_states(**ONLINE)
 
 
-def test_a_worker_without_memory_for_a_connection_is_followed_by_another(hosts: Hosts) -> None:
-    dead, devices = hosts.worker(0), hosts.host.driver.configured()
+def test_devices_wait_for_the_memory_of_their_connections(hosts: Hosts) -> None:
     hosts.host.faults.short = ("no memory for what is handed over",)
+    hosts.worker(0).send_signal(signal.SIGKILL)
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.let_pass(500)
+    assert hosts.states()["plain"] == "online"
+    hosts.host.faults.end()
+    hosts.await_states(**ONLINE)
+
+
+def test_a_worker_that_cannot_even_refuse_is_followed_by_another(hosts: Hosts) -> None:
+    dead = hosts.worker(0)
+    hosts.host.faults.short = ("no memory to refuse what is handed over",)
     dead.send_signal(signal.SIGKILL)
-    hosts.let_pass(10)
+    hosts.let_pass(300)
     assert sum("ends with status 4" in noted for noted in hosts.world.trace or ()) > 1
     hosts.host.faults.end()
-    hosts.await_states(stays="online", moves="online", plain="online", wide="online")
+    hosts.await_states(**ONLINE)
     assert hosts.worker(0) is not dead
-    assert not any(device.disconnected for device in devices)
+
+
+def test_a_start_without_device_is_answered_whoever_waited_before(hosts: Hosts) -> None:
+    hosts.finish_applications()
+    lose_worker(hosts, 1, UNABLE)
+    hosts.let_pass(620)
+    assert hosts.states()["plain"] == "failed"
+    answers: list[Exception | None] = []
+    assert hosts.service.controller is not None
+    hosts.service.controller.start("plain", answers.append)
+    hosts.let_pass(10)
+    assert "cannot start" in str(answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,11 +10,14 @@ from typing import Any
 
 import pytest
 
+from reactor.attach.device import Device
 from reactor.control import controller, link, saved, workers
 from reactor.control.configured import Configured
 from reactor.control.controller import Controller
 from reactor.control.host import Host
+from reactor.control.link import DeviceLink
 from reactor.control.shares import Shares
+from reactor.errors import DeviceError
 from reactor.spec import DiskSpec
 from tests.simulation import platform
 from tests.simulation.platform import SimulatedPlatform
@@ -172,7 +176,13 @@ def take_devices_from_their_users(patch: Patch) -> None:
 
 def fail_without_cause(patch: Patch) -> None:
     """A device that lost its connection twice is not worth the trouble."""
-    patch.setattr(link, "TRIES_MAX", 2)
+
+    def fail(self: DeviceLink, device: Device) -> bool:
+        self._on_failed(DeviceError(errno.EIO, f"{device.path} lost its connection 2 times"))
+        return True
+
+    patch.setattr(link, "TRIES_AT_ONCE", 2)
+    patch.setattr(DeviceLink, "_rests", fail)
 
 
 @pytest.mark.parametrize(

@@ -368,14 +368,17 @@ class Worker:
     def take_descriptors(self) -> None:
         """Take what waits in the mailbox."""
         for end, header in self.process.host.take_mail(self.process):
-            if self.process.host.faults.strikes("no memory for what is handed over"):
+            faults = self.process.host.faults
+            if faults.strikes("no memory to refuse what is handed over"):
                 self.process.exit(SHORTAGE)
                 return
             disk = self.disks.get(header["disk"])
-            if disk is None or disk.on_stopped is not None:
+            short = faults.strikes("no memory for what is handed over")
+            if short or disk is None or disk.on_stopped is not None:
                 end.close()
                 lost = {name: header[name] for name in ("disk", "generation")}
-                self.say("disconnected", reason="it is not served", **lost)
+                why = os.strerror(errno.ENOMEM) if short else "it is not served"
+                self.say("disconnected", reason=why, **lost)
             else:
                 disk.serve(end, header["generation"], header["position"])
 

@@ -142,7 +142,7 @@ def test_what_comes_again_may_lack_memory(
     assert pair[0].fileno() in reactor._handlers
 
 
-@pytest.mark.parametrize("what", ["kick", "call", "edge"])
+@pytest.mark.parametrize("what", ["kick", "flush", "call", "edge"])
 @pytest.mark.parametrize("stop_at_loss", [False, True])
 def test_what_is_called_once_may_not_where_that_would_lose_a_request(
     make: Callable[..., Reactor],
@@ -155,6 +155,8 @@ def test_what_is_called_once_may_not_where_that_would_lose_a_request(
     reactor = make("poll", stop_at_loss=stop_at_loss)
     if what == "kick":
         reactor.mark_kick(Lacking())
+    elif what == "flush":
+        reactor.mark_flush(Lacking())
     elif what == "call":
         reactor.call_from_thread(lacking)
     else:

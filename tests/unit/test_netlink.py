@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reactor.attach import genetlink, netlink
+from reactor.attach import genetlink, netlink, sysfs
 from reactor.attach.genetlink import (
     HEADER,
     NLMSG_ERROR,
@@ -26,6 +26,7 @@ from reactor.attach.genetlink import (
     parse_messages,
     parse_number,
 )
+from reactor.attach.netlink import NBD_CMD_DISCONNECT, NetlinkDevice
 from reactor.errors import DeviceError
 
 CONTROLLER = "nlctrl"  # the family that every kernel has
@@ -141,3 +142,28 @@ def test_silence_ends_at_the_deadline(family: Family, monkeypatch: pytest.Monkey
     with pytest.raises(DeviceError, match="did not answer") as caught:
         family._answer(genetlink.GENL_ID_CTRL)
     assert caught.value.errno == errno.ETIMEDOUT
+
+
+def test_a_detach_that_is_tried_again_leaves_the_next_device_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    holders: list[int | OSError] = [111, 111, OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+    asked: list[int] = []
+
+    def pid(_index: int) -> int:
+        holder = holders.pop(0) if holders else 222
+        if isinstance(holder, OSError):
+            raise holder
+        return holder
+
+    monkeypatch.setattr(sysfs, "pid", pid)
+    monkeypatch.setattr(sysfs, "backend", lambda _index: "tag")
+    monkeypatch.setattr(sysfs, "announce", lambda _index: None)
+    monkeypatch.setattr(
+        NetlinkDevice, "_ask", lambda _self, _failed, command: asked.append(command)
+    )
+    device = NetlinkDevice(0, "tag")
+    with pytest.raises(OSError, match="Too many open files"):
+        device.detach()
+    device.detach()
+    assert asked == [NBD_CMD_DISCONNECT]

@@ -62,13 +62,31 @@ def hand_over(folder: Path) -> socket.socket:
     return ours
 
 
-@pytest.mark.parametrize("where", ["data.serving.Connection", "data.worker.decode"])
+def test_a_connection_that_there_is_no_memory_for_is_refused(
+    worker: Worker, reactor: Reactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[str, object]] = []
+
+    def send(kind: str, **fields: object) -> bool:
+        said.append((kind, fields.get("reason")))
+        return True
+
+    with hand_over(tmp_path) as kernel, monkeypatch.context() as short:
+        short.setattr(worker._bus, "send", send)
+        short.setattr("reactor.data.serving.Connection", lacking)
+        turn(reactor)
+        assert kernel.recv(1) == b""
+    assert ("disconnected", "Cannot allocate memory") in said
+    assert not reactor.lost
+
+
+@pytest.mark.parametrize("where", ["decode", "socket.recv_fds"])
 @pytest.mark.usefixtures("worker")
-def test_a_connection_that_cannot_be_taken_ends_it(
+def test_a_connection_that_cannot_even_be_refused_ends_it(
     reactor: Reactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     with hand_over(tmp_path), monkeypatch.context() as short:
-        short.setattr(f"reactor.{where}", lacking)
+        short.setattr(f"reactor.data.worker.{where}", lacking)
         turn(reactor)
     assert reactor.lost
 

@@ -68,7 +68,7 @@ def replace(target: Path, make: Callable[[Path], object]) -> None:
 
 def made() -> list[str]:
     """Return the shared directories that it made; none when the note is not there, or was torn."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError):
         return [*map(str, json.loads(read(MADE)))]
     return []
 

@@ -169,7 +169,7 @@ def left() -> list[str]:
     return [
         *(f"process {process}" for found in releases().values() for process in found),
         *(f"/dev/{name} ({owner(name)})" for name in devices if owner(name).startswith(ours)),
-        *(str(path) for path in sorted(MEMORY.iterdir()) if path.name.startswith(memory)),
+        *(str(path) for path in sorted(MEMORY.glob("*")) if path.name.startswith(memory)),
     ]
 
 
