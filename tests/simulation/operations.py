@@ -35,6 +35,7 @@ class Operator:
         self._unread = False  # the config, as it is now, by the service
         config = [self._spec(s) for s in self.subjects.values() if self._world.chance(0.6)]
         self._configure(config)
+        self._taken = {spec.name for spec in config}  # by the service from the config, for sure
         for spec in config:
             self.subjects[spec.name].is_configured(spec)
         self._look()
@@ -339,6 +340,8 @@ class Operator:
         service.change(on_exit=world.random.choice(("keep", "disconnect")))
         service.change(strict=not self.tires and world.chance(0.5))
         self._unread = False
+        names = {spec.name for spec in service.config}
+        self._taken |= {name for name in names if not self.subjects[name].refusable}
 
     # --- the config ---
 
@@ -363,6 +366,7 @@ class Operator:
                     subject.refusable = False
                 if not was_unread:
                     self._reloaded(before)
+                self._taken = {spec.name for spec in self._service.config}
             for subject in self.subjects.values() if error is not None else ():
                 subject.answered(error)
 
@@ -379,7 +383,7 @@ class Operator:
                     subject.device = device if device != "auto" else None
             elif name in now:
                 subject.ends.discard("gone")
-            elif name in before and name not in now:
+            elif name in before and name not in now and name in self._taken:
                 subject.ends = {"gone"}
 
     def change_config(self) -> None:
