@@ -340,8 +340,8 @@ class Operator:
         service.change(on_exit=world.random.choice(("keep", "disconnect")))
         service.change(strict=not self.tires and world.chance(0.5))
         self._unread = False
-        names = {spec.name for spec in service.config}
-        self._taken |= {name for name in names if not self.subjects[name].refusable}
+        names = (spec.name for spec in service.config)
+        self._taken = {n for n in names if n in self._taken or not self.subjects[n].refusable}
 
     # --- the config ---
 

@@ -33,6 +33,7 @@ class Service:
         self.kept = False  # devices, memory and state, by the one that stopped last
         self.exit_status = 0  # of it
         self.took_over = False  # disks of one that died, or was to keep them
+        self._found_workers = False  # which have disks, and may say so or die before
         self._host = host
         host.awaited_seconds = self._awaited_seconds
 
@@ -59,6 +60,8 @@ class Service:
         held = {tag(INSTANCE, spec) for spec in self.config} & set(platform.held(prefix(INSTANCE)))
         left = {spec.name for spec in self.config} & set(self._host.store.memories())
         self.took_over = bool(held or left) or (found is not None and bool(found.wishes))
+        living = (process.worker for process in self._host.core_locks.values())
+        self._found_workers = any(worker is not None and worker.disks for worker in living)
         try:
             controller = Controller(self.options, platform, lambda: self.config, {})
             self.controller = controller
@@ -97,7 +100,8 @@ class Service:
         platform = self.platform
         self.controller.close()
         self.kept, self.exit_status = self.controller.keeps, self.controller.exit_status
-        if self.kept != self.must_keep(self.exit_status):
+        either = bool(self.exit_status) and self._found_workers
+        if self.kept != self.must_keep(self.exit_status) and not either:
             self._host.world.violate(f"status {self.exit_status}, devices kept: {self.kept}")
         if not self.kept:
             self._host.saved = None
