@@ -159,6 +159,21 @@ def test_what_the_service_took_can_be_put_back(files: ModuleType, tmp_path: Path
     assert files.untaken(names) == []
 
 
+def test_the_way_back_leaves_the_note_as_it_was(files: ModuleType, tmp_path: Path) -> None:
+    unit = tmp_path / "unit"
+    unit.write_text("first")
+    files.CONFIG.write_text("first")
+    restarts, names = json.dumps([str(unit)]), json.dumps([str(unit), str(files.CONFIG)])
+    for step in (restarts, names):
+        files.taken(step)
+    noted = files.TAKEN.read_bytes()
+    unit.write_text("second")
+    files.restore()
+    for step in (restarts, names):
+        files.taken(step)
+    assert files.TAKEN.read_bytes() == noted
+
+
 def test_a_config_taken_in_part_is_neither_taken_nor_what_to_put_back(
     files: ModuleType, tmp_path: Path
 ) -> None:

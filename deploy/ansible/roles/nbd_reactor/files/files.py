@@ -113,7 +113,8 @@ def taken(files: str) -> None:
     """
     now = {name: content(Path(name)) for name in json.loads(files)}
     before = {name: noted for name, noted in notes()[0].items() if name == str(CONFIG)}
-    note(before | now, [*before.keys() - now.keys()])
+    rest = {name: noted for name, noted in before.items() if name not in now}
+    note(now | rest, [*rest])
 
 
 def restore() -> list[str] | None:
