@@ -109,13 +109,19 @@ class LaneLocks:
         try:
             unlock_range(self._fd, place, 1)
         except (OSError, MemoryError) as error:
-            self._note_failure("given up", error)
-            self._left.add(place)
-            if self._again is None:
-                self._again = self._reactor.call_later(AGAIN_SECONDS, self._unlock_again)
+            self._unlock_later(place, error)
         else:
             self._failing.discard("given up")
             self._left.discard(place)
+
+    def _unlock_later(self, place: int, error: OSError | MemoryError) -> None:
+        try:
+            self._left.add(place)
+            if self._again is None:
+                self._again = self._reactor.call_later(AGAIN_SECONDS, self._unlock_again)
+            self._note_failure("given up", error)
+        except MemoryError:
+            self._reactor.lose()  # other workers would wait for the place for ever
 
     def _unlock_again(self) -> None:
         self._again = None

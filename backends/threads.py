@@ -100,13 +100,16 @@ class Threads(Engine):
             self._threads.append(thread)
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            function, arguments, number = job
-            try:
-                result = function(*arguments) or 0
-            except (OSError, MemoryError) as error:
-                result = -error_number(error)
-            self._finished(number, result)
+        try:
+            while (job := self._jobs.get()) is not None:
+                function, arguments, number = job
+                try:
+                    result = function(*arguments) or 0
+                except (OSError, MemoryError) as error:
+                    result = -error_number(error)
+                self._finished(number, result)
+        except MemoryError:
+            self._reactor.lose()  # the request would never end
 
     def _finished(self, number: int, result: int) -> None:
         self._results.append((number, result))

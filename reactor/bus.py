@@ -78,6 +78,7 @@ class _Socket:
             try:
                 self._received(self._socket.recv_multipart(zmq.NOBLOCK))
             except MemoryError:
+                self._reactor.lose()
                 log.error("a control message could not be handled: out of memory")
             except Exception:
                 # A bug, but what follows must be received: the descriptor tells of it only once.
@@ -87,8 +88,8 @@ class _Socket:
 
     def _look_again(self) -> None:
         if not self._drain_due:
-            self._drain_due = True
             self._reactor.call_from_thread(self._drain)
+            self._drain_due = True
 
     def _readable(self) -> bool:
         events = self._socket.getsockopt(zmq.EVENTS)

@@ -9,8 +9,8 @@ An exception that a handler lets through is a bug. It is logged with its traceba
 goes on, for the sake of the other disks; a handler that fails `FAILURES_MAX` times in a row is
 called no more, or it would fail for ever.
 
-One that lacks memory is nobody's bug. What stays ready is called again, and who sets a timer does
-without it; a kick, a flush, a call or an edge does not come again, and a request may be lost by it.
+One that lacks memory is nobody's bug; but what it would have done may be lost, and a request with
+it. Who cannot do without calls `lose`, from whatever thread; the loop does so for its handlers.
 """
 
 from __future__ import annotations
@@ -73,18 +73,15 @@ class Flushable(Protocol):
 class Poller:
     """A function that the loop calls."""
 
-    __slots__ = ("before_sleep", "comes_once", "failures", "function", "name")
+    __slots__ = ("before_sleep", "failures", "function", "name")
 
     def __init__(
         self,
         name: str,
         function: Callable[..., bool],
         before_sleep: Callable[[], bool] | None = None,
-        *,
-        comes_once: bool = False,
     ) -> None:
         self.name = name
-        self.comes_once = comes_once
         self.function = function
         self.before_sleep = before_sleep
         self.failures = 0  # in a row
@@ -105,9 +102,10 @@ class Timer:
 
 
 class Reactor:
-    """One event loop. Not thread-safe but for `call_from_thread`.
+    """One event loop. Not thread-safe but for `call_from_thread` and `lose`.
 
-    With `stop_at_loss` it stops when a call that does not come again lacked memory: `lost` says so.
+    `on_loss` is called at once when something was lost for want of memory; without one, it is only
+    logged.
     """
 
     def __init__(
@@ -117,11 +115,10 @@ class Reactor:
         clock: Callable[[], int] = time.monotonic_ns,
         poll: PollFunction | None = None,
         spin_ns: int = SPIN_NS,
-        stop_at_loss: bool = False,
+        on_loss: Callable[[], object] = lambda: None,
     ) -> None:
         self.mode = mode
-        self.lost = False
-        self._stop_at_loss = stop_at_loss
+        self.lose = on_loss
         self.clock = clock
         self.busy_ns = 0
         self.idle_ns = 0
@@ -154,7 +151,7 @@ class Reactor:
     ) -> None:
         """Call `handler(events)` whenever `fd` is ready; it returns whether it did work."""
         self._epoll.register(fd, events)
-        self._handlers[fd] = Poller(name, handler, comes_once=bool(events & select.EPOLLET))
+        self._handlers[fd] = Poller(name, handler)
 
     def modify_fd(self, fd: int, events: int) -> None:
         """Wait for `events` on `fd` from now on (0: only hang-ups and errors)."""
@@ -327,7 +324,7 @@ class Reactor:
     def _failed(self, poller: Poller) -> None:
         """Report the exception that `poller` let through."""
         if isinstance(sys.exception(), MemoryError):
-            self._lack_memory(poller.name, comes_again=not poller.comes_once)
+            self._lack_memory(poller.name)
             return
         poller.failures += 1
         more = "called again" if poller.failures < FAILURES_MAX else "called no more"
@@ -363,18 +360,18 @@ class Reactor:
             function, timer.function = timer.function, None
             if function is not None:
                 busy = True
-                self._guard(function, comes_again=True)
+                self._guard(function)
         return busy
 
     def _run_calls(self) -> None:
         for _ in range(len(self._calls)):
-            self._guard(self._calls.popleft(), comes_again=False)
+            self._guard(self._calls.popleft())
 
     def _run_kicks(self) -> None:
         kicks, self._kicks = self._kicks, []
         for channel in kicks:
             channel.kick_due = False
-            self._guard(channel.kick, comes_again=False)
+            self._guard(channel.kick)
 
     def _run_flushes(self) -> bool:
         sent = False
@@ -384,33 +381,25 @@ class Reactor:
             try:
                 sent |= connection.flush()
             except MemoryError:
-                self._lack_memory(type(connection).__qualname__, comes_again=False)
+                self._lack_memory(type(connection).__qualname__)
             except Exception:
                 log.exception("a bug in %s", type(connection).__qualname__)
         return sent
 
-    def _guard(self, function: Callable[[], object], *, comes_again: bool) -> None:
+    def _guard(self, function: Callable[[], object]) -> None:
         """Call `function` once; its bug must not keep the others from their turn."""
         try:
             function()
         except MemoryError:
-            name = getattr(function, "__qualname__", str(function))
-            self._lack_memory(name, comes_again=comes_again)
+            self._lack_memory(getattr(function, "__qualname__", str(function)))
         except Exception:
             log.exception("a bug in %s", getattr(function, "__qualname__", function))
 
-    def lose(self) -> None:
-        """Note that something that does not come again was lost for want of memory."""
-        if self._stop_at_loss:
-            self.lost = True
-            self.stop()
-
-    def _lack_memory(self, name: str, *, comes_again: bool) -> None:
-        if not comes_again:
-            self.lose()
+    def _lack_memory(self, name: str) -> None:
+        """Report a failure that is nobody's bug; what stays ready must not fail in a busy loop."""
+        self.lose()
         log.error("%s: out of memory", name)
-        if not self.lost:
-            time.sleep(SHORTAGE_SECONDS)  # what stays ready must not fail in a busy loop
+        time.sleep(SHORTAGE_SECONDS)
 
     def _drain_wakeup(self, _events: int) -> bool:
         os.eventfd_read(self._wakeup)

@@ -34,9 +34,12 @@ def await_storage(reactor: Reactor, spec: DiskSpec, then: Callable[[], None]) ->
             call.function()
 
     def wait() -> None:
-        with suppress(Exception):  # opening it will tell
-            registry.backend(spec.backend).await_storage(spec.options)
-        reactor.call_from_thread(go_on)
+        try:
+            with suppress(Exception):  # opening it will tell
+                registry.backend(spec.backend).await_storage(spec.options)
+            reactor.call_from_thread(go_on)
+        except MemoryError:
+            reactor.lose()
 
     try:
         background.start(wait)

@@ -31,6 +31,8 @@ SHORTAGES: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errn
 LOCK_SECONDS: Final = 1.0
 LOCK_PAUSE_SECONDS: Final = 0.02
 
+LACKING: Final = b"a worker ends: Cannot allocate memory\n"
+
 log = logger(__name__)
 
 
@@ -111,6 +113,15 @@ def _pin(core: int) -> None:
             return
 
 
+def _end_for_memory() -> None:
+    """End as one that is killed: a request was lost, which the next worker will be sent again.
+
+    At once: an answer may be half made. Nothing is tidied up or logged, which takes memory, too.
+    """
+    os.write(2, LACKING)
+    os._exit(SHORTAGE)
+
+
 def _open_parent(controller: int) -> int | None:
     """Return a descriptor of the process that started this one; None when it is gone.
 
@@ -150,7 +161,7 @@ def main() -> int:
         parent = _open_parent(controller)
         if parent is None:
             return 0
-        reactor = Reactor(arguments.mode, stop_at_loss=True)
+        reactor = Reactor(arguments.mode, on_loss=_end_for_memory)
         worker = Worker(reactor, core, arguments.runtime_dir, arguments.instance, parent)
         reactor.add_signal(signal.SIGTERM, worker.end_if_orphaned)
     except (OSError, ReactorError, MemoryError) as error:
@@ -160,8 +171,6 @@ def main() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     garbage.collect_by_timer(reactor)
     reactor.run()
-    if reactor.lost:
-        os._exit(SHORTAGE)  # as one that is killed: to tidy up would take memory, too
     worker.close()
     reactor.close()
     os.close(lock)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from backends.api import COMMAND, LENGTH, OFFSET, Buffer, Busy, Channel, Releasable, Request
+from backends.api import COMMAND, COOKIE, LENGTH, OFFSET, Buffer, Busy, Channel, Releasable, Request
 from reactor.data.clientmemory import RESERVE, ClientMemory, Share
 from reactor.data.counters import Counters
 from reactor.data.outgoing import REPLY_BYTES, Outgoing
@@ -23,11 +23,7 @@ from reactor.errors import error_number, reason
 from reactor.log import logger
 from reactor.loop import HANGUP, READABLE, WRITABLE, Reactor, Timer
 from reactor.protocol.export import Export
-from reactor.protocol.transmission import (
-    COMMAND_NAMES,
-    Receiver,
-    validate,
-)
+from reactor.protocol.transmission import COMMAND_NAMES, Receiver, validate
 from reactor.protocol.wire import (
     NBD_CMD_DISC,
     NBD_CMD_FLUSH,
@@ -156,13 +152,13 @@ class Connection:
         if self._closed is not None:
             return
         self._closed = why
-        log.info("disk %s: connection closed: %s", self._export.name, why)
         if self._deadline is not None:
             self._deadline.cancel()
         self._reactor.remove_fd(self._sock.fileno())
         self._sock.close()
         self._channel.abandon(self)
         self._reactor.mark_flush(self)
+        log.info("disk %s: connection closed: %s", self._export.name, why)
 
     def _end(self, why: str, seconds: float, seconds_max: float = 0) -> None:
         """Close once all is answered, and after `seconds` by force.
@@ -308,7 +304,7 @@ class Connection:
                 self._busy = True
                 self._backlog = [request, *rest]
             except Exception as error:  # noqa: BLE001 - one disk's bug must not stop the others
-                self._answer(cookie, self._failed(request, error))
+                self._answer_failure(request, error)
             if read_bytes >= room:
                 self._backlog += rest
         counters = self.counters
@@ -363,6 +359,13 @@ class Connection:
             self.counters.errors += 1
             error = nbd_error(error)
         self._outgoing.buffers.append(SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, cookie))
+
+    def _answer_failure(self, request: Request, error: Exception) -> None:
+        cookie = request[COOKIE]
+        answered = SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
+        if isinstance(error, MemoryError) and answered in self._outgoing.buffers[-2:]:
+            raise error  # in the middle of the answer, or after it
+        self._answer(cookie, self._failed(request, error))
 
     def _failed(self, request: Request, error: Exception) -> int:
         """Log what the client will only see as a number; returns the errno."""

@@ -119,7 +119,7 @@ class Worker:
             self._try(handler, message)
         except MemoryError:
             # A command without an answer holds up its disk for a minute; the next worker is soon.
-            self._lose("to answer the controller")
+            self._reactor.lose()
 
     def _try(self, handler: Callable[[Message], None], message: Message) -> None:
         try:
@@ -312,6 +312,12 @@ class Worker:
         """Tell what has changed, and so that this worker lives."""
         # First: what now fails for want of memory must come again, or it were taken for dead.
         again = self._beat_in(HEARTBEAT_SECONDS)
+        try:
+            self._tell_changes(again)
+        except MemoryError:
+            log.warning("no memory to tell what has changed")
+
+    def _tell_changes(self, again: Timer) -> None:
         changed = {
             name: counters
             for name, served in self._disks.items()
@@ -378,7 +384,7 @@ class Worker:
                 log.error("taking descriptors: %s", reason(error))
                 return
             except MemoryError:
-                self._lose("to take what the controller hands over")
+                self._reactor.lose()
                 return
             cut_short = bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
             self._take_handover(header, fds, cut_short=cut_short)
@@ -389,7 +395,7 @@ class Worker:
             self._take_over(header, fds, socks, cut_short=cut_short)
         except MemoryError:
             # A device's connection that nobody reads, and whose end nobody told, hangs for ever.
-            self._lose("to refuse what the controller hands over")
+            self._reactor.lose()
             close_all(socks)
 
     def _take_over(
@@ -418,11 +424,6 @@ class Worker:
             if message["type"] == "connection":
                 fields = {name: message[name] for name in ("disk", "generation")}
                 self._bus.send("disconnected", reason=reason(error), **fields)
-
-    def _lose(self, what: str) -> None:
-        """End for want of memory: the next worker makes up for it."""
-        self._reactor.lose()
-        log.critical("no memory %s: this worker ends", what)
 
     def _take(self, message: Message, socks: list[socket.socket]) -> None:
         if message["type"] == "listener":

@@ -150,3 +150,28 @@ def test_a_start_without_device_is_answered_whoever_waited_before(hosts: Hosts) 
     hosts.service.controller.start("plain", answers.append)
     hosts.let_pass(10)
     assert "cannot start" in str(answers)
+
+
+def test_a_device_that_never_gets_the_memory_for_a_connection_fails_in_the_end(
+    hosts: Hosts,
+) -> None:
+    hosts.finish_applications()
+    hosts.host.faults.short = ("no memory for what is handed over",)
+    hosts.worker(0).send_signal(signal.SIGKILL)
+    hosts.let_pass(580)
+    assert hosts.states()["stays"] == "starting"
+    hosts.let_pass(40)
+    assert hosts.states()["stays"] == "failed"
+    assert "lost its connection" in hosts.reasons()["stays"]
+
+
+def test_a_service_whose_devices_get_no_connections_ends(hosts: Hosts) -> None:
+    hosts.finish_applications()
+    hosts.host.faults.short = ("no memory for what is handed over",)
+    hosts.worker(0).send_signal(signal.SIGKILL)
+    hosts.let_pass(30)
+    assert hosts.service.controller is not None
+    hosts.service.restarts = False
+    hosts.service.controller.shut_down()
+    hosts.let_pass(130)
+    assert hosts.service.stopped

@@ -50,8 +50,10 @@ def poll(clock: Clock) -> Poll:
 def make(clock: Clock, poll: Poll) -> Iterator[Callable[..., Reactor]]:
     made: list[Reactor] = []
 
-    def reactor(mode: Mode = "interrupt", *, stop_at_loss: bool = False) -> Reactor:
-        made.append(Reactor(mode, clock=clock, poll=poll, stop_at_loss=stop_at_loss))
+    def reactor(
+        mode: Mode = "interrupt", *, on_loss: Callable[[], object] = lambda: None
+    ) -> Reactor:
+        made.append(Reactor(mode, clock=clock, poll=poll, on_loss=on_loss))
         return made[-1]
 
     yield reactor

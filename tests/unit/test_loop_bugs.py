@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -123,51 +122,30 @@ class Lacking:
     kick = flush = lacking
 
 
-@pytest.mark.parametrize("stop_at_loss", [False, True])
-def test_what_comes_again_may_lack_memory(
-    make: Callable[..., Reactor],
-    poll: Poll,
-    pair: tuple[socket.socket, socket.socket],
-    *,
-    stop_at_loss: bool,
-) -> None:
-    reactor = make("poll", stop_at_loss=stop_at_loss)
-    reactor.add_fd(pair[0].fileno(), lacking, name="socket")
-    reactor.add_poller(lacking, name="poller")
-    reactor.call_later(0, lacking)
-    for _ in range(FAILURES_MAX * 2):
-        poll.ready = [(pair[0].fileno(), READABLE)]
-        reactor.turn()
-    assert not reactor.lost
-    assert pair[0].fileno() in reactor._handlers
-
-
-@pytest.mark.parametrize("what", ["kick", "flush", "call", "edge"])
-@pytest.mark.parametrize("stop_at_loss", [False, True])
-def test_what_is_called_once_may_not_where_that_would_lose_a_request(
+@pytest.mark.parametrize("what", ["kick", "flush", "call", "timer", "poller", "descriptor"])
+def test_what_lacked_memory_is_lost_and_nothing_is_called_off(
     make: Callable[..., Reactor],
     poll: Poll,
     pair: tuple[socket.socket, socket.socket],
     what: str,
-    *,
-    stop_at_loss: bool,
 ) -> None:
-    reactor = make("poll", stop_at_loss=stop_at_loss)
-    if what == "kick":
-        reactor.mark_kick(Lacking())
-    elif what == "flush":
-        reactor.mark_flush(Lacking())
-    elif what == "call":
-        reactor.call_from_thread(lacking)
-    else:
-        events = READABLE | select.EPOLLET
-        reactor.add_fd(pair[0].fileno(), lacking, name="edge", events=events)
-        poll.ready = [(pair[0].fileno(), READABLE)]
-    if stop_at_loss:
-        reactor.run()
-    else:
+    lost: list[str] = []
+    reactor = make("poll", on_loss=lambda: lost.append(what))
+    fd = pair[0].fileno()
+    begin: dict[str, Callable[[], object]] = {
+        "kick": lambda: reactor.mark_kick(Lacking()),
+        "flush": lambda: reactor.mark_flush(Lacking()),
+        "call": lambda: reactor.call_from_thread(lacking),
+        "timer": lambda: reactor.call_later(0, lacking),
+        "poller": lambda: reactor.add_poller(lacking, name="poller"),
+        "descriptor": lambda: reactor.add_fd(fd, lacking, name="descriptor"),
+    }
+    begin[what]()
+    turns = FAILURES_MAX * 2 if what in ("poller", "descriptor") else 1
+    for _ in range(turns):
+        poll.ready = [(fd, READABLE)]
         reactor.turn()
-    assert reactor.lost == stop_at_loss
+    assert lost == [what] * turns
 
 
 # --- other threads and signals ---

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from backends import lanes
+from backends.threads import Threads
+from reactor.bus import ControllerBus
+from reactor.data import connection
 from reactor.data.connection import Connection
 from reactor.data.worker import Worker
 from reactor.loop import Reactor
 from reactor.messages import encode
-from reactor.protocol.wire import NBD_CMD_FLUSH, NBD_REQUEST_MAGIC, REQUEST
+from reactor.protocol.wire import NBD_CMD_FLUSH, NBD_CMD_READ, NBD_REQUEST_MAGIC, REQUEST
 from reactor.spec import DiskSpec
 
 
@@ -22,8 +26,14 @@ def lacking(*_: object, **__: object) -> None:
 
 
 @pytest.fixture
-def reactor() -> Iterator[Reactor]:
-    made = Reactor("interrupt", stop_at_loss=True)
+def lost() -> list[None]:
+    """An item for each time that the process would have ended."""
+    return []
+
+
+@pytest.fixture
+def reactor(lost: list[None]) -> Iterator[Reactor]:
+    made = Reactor("interrupt", on_loss=lambda: lost.append(None))
     yield made
     made.close()
 
@@ -63,7 +73,11 @@ def hand_over(folder: Path) -> socket.socket:
 
 
 def test_a_connection_that_there_is_no_memory_for_is_refused(
-    worker: Worker, reactor: Reactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Worker,
+    reactor: Reactor,
+    lost: list[None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[tuple[str, object]] = []
 
@@ -77,22 +91,30 @@ def test_a_connection_that_there_is_no_memory_for_is_refused(
         turn(reactor)
         assert kernel.recv(1) == b""
     assert ("disconnected", "Cannot allocate memory") in said
-    assert not reactor.lost
+    assert not lost
 
 
 @pytest.mark.parametrize("where", ["decode", "socket.recv_fds"])
 @pytest.mark.usefixtures("worker")
 def test_a_connection_that_cannot_even_be_refused_ends_it(
-    reactor: Reactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    reactor: Reactor,
+    lost: list[None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
 ) -> None:
     with hand_over(tmp_path), monkeypatch.context() as short:
         short.setattr(f"reactor.data.worker.{where}", lacking)
         turn(reactor)
-    assert reactor.lost
+    assert lost
 
 
 def test_an_answer_that_cannot_be_given_ends_it(
-    worker: Worker, reactor: Reactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Worker,
+    reactor: Reactor,
+    lost: list[None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with hand_over(tmp_path) as kernel:
         turn(reactor)
@@ -101,6 +123,76 @@ def test_an_answer_that_cannot_be_given_ends_it(
         with monkeypatch.context() as short:
             short.setattr(Connection, "_answer", lacking)
             for _ in range(100):
-                if not reactor.lost:
+                if not lost:
                     turn(reactor)
-    assert reactor.lost
+    assert lost
+
+
+class Full(list[object]):
+    """A list that there is no memory for more of after so many items."""
+
+    def append(self, item: object) -> None:
+        if self:
+            raise MemoryError
+        super().append(item)
+
+
+def test_an_answer_that_lacks_memory_in_the_middle_is_not_sent(
+    worker: Worker, reactor: Reactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hand_over(tmp_path) as kernel:
+        turn(reactor)
+        (serving,) = worker._disks["a"]._generations
+        monkeypatch.setattr(serving._outgoing, "buffers", Full())
+        kernel.send(REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_READ, 1, 0, 4096))
+        turn(reactor)
+        assert kernel.recv(1) == b""
+
+
+def test_a_connection_is_closed_whether_that_can_be_logged_or_not(
+    worker: Worker, reactor: Reactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hand_over(tmp_path) as kernel:
+        turn(reactor)
+        (serving,) = worker._disks["a"]._generations
+        with monkeypatch.context() as short:
+            short.setattr(connection.log, "info", lacking)
+            with pytest.raises(MemoryError):
+                serving.close("a test")
+        assert kernel.recv(1) == b""
+
+
+def test_a_thread_that_cannot_tell_its_result_ends_the_worker(
+    reactor: Reactor, lost: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = Threads(reactor, -1, lambda: None, threads=1)
+    monkeypatch.setattr(threads, "_finished", lacking)
+    threads.call(lambda: None, (), (lambda *_: None,))
+    threads.kick()
+    threads.close()
+    assert lost
+
+
+def test_a_place_that_cannot_be_given_up_later_ends_the_worker(
+    reactor: Reactor, lost: list[None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "locked").open("wb") as file:
+        held = lanes.LaneLocks(file.fileno(), reactor, "a")
+        monkeypatch.setattr(lanes, "unlock_range", lacking)
+        monkeypatch.setattr(reactor, "call_later", lacking)
+        held._unlock(0)
+    assert lost
+
+
+def test_a_bus_looks_again_after_it_lacked_the_memory_for_that(
+    reactor: Reactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = ControllerBus(reactor, tmp_path / "bus", lambda *_: None)
+    with monkeypatch.context() as short:
+        short.setattr(reactor, "call_from_thread", lacking)
+        with pytest.raises(MemoryError):
+            bus._look_again()
+    bus._look_again()
+    assert reactor._calls
+    reactor.turn()
+    bus.close()
