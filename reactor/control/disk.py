@@ -332,6 +332,7 @@ class DiskControl:
 
     def _rise(self) -> None:
         link, shares, device = self._link, self._shares, self._link.device
+        shares.bear(self.spec.dead_timeout if device is not None else 0)
         resize = self._resize if self._resize and not self._resize.refusal else None
         astray = device is not None and self.spec.device not in ("auto", device.path)
         if not astray:
