@@ -175,3 +175,21 @@ def test_a_service_whose_devices_get_no_connections_ends(hosts: Hosts) -> None:
     hosts.service.controller.shut_down()
     hosts.let_pass(130)
     assert hosts.service.stopped
+
+
+def test_a_device_that_comes_as_its_worker_dies_is_waited_for(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = hosts.service.controller
+    assert controller is not None
+    hosts.free("moves")
+    hosts.free("wide")
+    monkeypatch.setattr(hosts.host.faults, "call_seconds", lambda: 0.03)  # until its end is known
+    controller.attach("plain", "/dev/nbd3", lambda _: None)
+    hosts.host.faults.short = (UNABLE,)
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.await_true(lambda: controller.disk("plain").device is not None)
+    hosts.let_pass(30)
+    assert hosts.states()["plain"] == "starting"
+    hosts.host.faults.end()
+    hosts.await_states(**ONLINE)
