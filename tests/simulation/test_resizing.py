@@ -135,9 +135,12 @@ def test_a_cut_that_is_refused_while_the_disk_stops_is_not_done_by_its_next_star
 
 @pytest.mark.parametrize("size", [MIB // 2, 2 * MIB], ids=["cut", "grow"])
 def test_who_died_and_is_back_opens_the_disk_before_it_is_resized_there(
-    hosts: Hosts, controller: Controller, size: int
+    hosts: Hosts, controller: Controller, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """The one that is asked first takes its time, and the other dies meanwhile."""
+    monkeypatch.setattr(
+        hosts.world, "chance", lambda _: False
+    )  # to boot slowly: it would be killed
     leader, follower = controller.disk("wide").cores
     first, second = (follower, leader) if size < MIB else (leader, follower)
     slow = hosts.worker(first)
