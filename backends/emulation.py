@@ -114,7 +114,11 @@ class _Steps(Owner):
             try:
                 done = self._channel.base.submit(self._step, self) is not None
             except Busy:
-                self._keep_payload()
+                try:
+                    self._keep_payload()
+                except MemoryError:
+                    self._channel.base.abandon(self)  # it waits there for room
+                    raise
                 return None
             if not done:
                 return None

@@ -386,7 +386,11 @@ class FileChannel(Channel):
         """
         if not self._syncing:
             self._syncing = [(request, owner)]
-            self._start_sync()
+            try:
+                self._start_sync()
+            except MemoryError:
+                self._syncing = []  # nobody is to join what does not run
+                raise
         elif self._sync_round == self._engine.rounds:
             self._syncing.append((request, owner))
         else:

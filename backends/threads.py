@@ -62,11 +62,15 @@ class Threads(Engine):
         self, function: Callable[..., int | None], arguments: tuple[Any, ...], tag: Tag
     ) -> None:
         """Call `function(*arguments)` in a thread; None as its result counts as 0."""
-        self.in_flight += 1
-        self.number += 1
-        self.tags[self.number] = tag
-        self._queued.append((function, arguments, self.number))
-        self._reactor.mark_kick(self)
+        try:
+            self.in_flight += 1
+            self.number += 1
+            self.tags[self.number] = tag
+            self._queued.append((function, arguments, self.number))
+            self._reactor.mark_kick(self)
+        except MemoryError:
+            self._reactor.lose()  # it may be queued or not: it might be answered twice, or never
+            raise
 
     def kick(self) -> None:
         """Hand what the turn queued to the threads."""

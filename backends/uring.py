@@ -158,19 +158,23 @@ class Ring(Engine):
         assert self.in_flight <= self.depth, "the queue is full"
         number = self.number = self.number + 1
         self.tags[number] = tag
-        tail = self._tail
-        place = (tail & self._sq_mask) * SQE_SIZE
-        SQE.pack_into(
-            self._sqes, place, opcode, 0, 0, self._fd, offset, address, length, flags, number
-        )
-        self._tail = (tail + 1) & WRAP
-        self._queued += 1
-        self.in_flight += 1
-        queued = self._queued
-        if (queued * 2 >= self.in_flight or queued >= SUBMIT_AT) and opcode in TRANSFERS:
-            self._start(0)  # should it fail, `kick` will say so
-        if not self.kick_due:
-            self._reactor.mark_kick(self)
+        try:
+            tail = self._tail
+            place = (tail & self._sq_mask) * SQE_SIZE
+            SQE.pack_into(
+                self._sqes, place, opcode, 0, 0, self._fd, offset, address, length, flags, number
+            )
+            self._tail = (tail + 1) & WRAP
+            self._queued += 1
+            self.in_flight += 1
+            queued = self._queued
+            if (queued * 2 >= self.in_flight or queued >= SUBMIT_AT) and opcode in TRANSFERS:
+                self._start(0)  # should it fail, `kick` will say so
+            if not self.kick_due:
+                self._reactor.mark_kick(self)
+        except Exception:  # no memory, which ctypes calls an ArgumentError
+            self._reactor.lose()  # it may be queued or not: it might be answered twice, or never
+            raise
 
     def _start(self, flags: int) -> int:
         """Enter the kernel; returns how many operations it took, less than 0 when it failed."""

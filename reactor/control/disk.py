@@ -419,7 +419,7 @@ class DiskControl:
         return not self._hot and self.failure is None and not self.forced
 
     def _is_unwritten(self) -> bool:
-        lost = self._link.device is not None and self._link.probed and not self._link.usable
+        lost = self._link.device is not None and not self._link.usable
         return lost and not self._link.flushed and self._writes_back()
 
     def _let_go(self, device: Device) -> None:

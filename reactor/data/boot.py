@@ -118,8 +118,10 @@ def _end_for_memory() -> None:
 
     At once: an answer may be half made. Nothing is tidied up or logged, which takes memory, too.
     """
-    os.write(2, LACKING)
-    os._exit(SHORTAGE)
+    try:
+        os.write(2, LACKING)
+    finally:
+        os._exit(SHORTAGE)
 
 
 def _open_parent(controller: int) -> int | None:

@@ -263,9 +263,8 @@ class Connection:
         export, outgoing, buffers = self._export, self._outgoing, self._outgoing.buffers
         submit, append, pack = self._channel.submit, buffers.append, SIMPLE_REPLY.pack
         before = len(buffers)
-        # A plain request is validated here, every other by _admit: a call of validate() takes
-        # 0.39 us, these comparisons 0.09, of 1.2 for all of a request's Python. After refuse() no
-        # request is plain.
+        # Plain requests are validated here, others by _admit: validate() takes 0.39 us, this 0.09,
+        # of 1.2 for all of a request's Python. After refuse() no request is plain.
         size = -1 if self._refusing else export.size
         unaligned = export.block_size - 1
         last_plain = NBD_CMD_READ if export.readonly else NBD_CMD_WRITE
@@ -333,10 +332,14 @@ class Connection:
 
     def _hold(self, command: int, length: int) -> int:
         """Count a request that is pending now; returns the bytes that it counts for."""
-        self._in_flight += 1
-        if command > NBD_CMD_WRITE:
-            return 0
-        self._in_flight_bytes += length
+        try:
+            self._in_flight += 1
+            if command > NBD_CMD_WRITE:
+                return 0
+            self._in_flight_bytes += length
+        except MemoryError:
+            self._reactor.lose()  # it would be answered twice
+            raise
         return length
 
     def _admit(self, request: Request) -> bool:

@@ -73,14 +73,14 @@ class Listener:
                 break
             except ConnectionError:  # it left before it was accepted
                 continue
-            except OSError as error:  # out of descriptors or memory: the client can wait
+            except (OSError, MemoryError) as error:  # out of descriptors, or memory: it can wait
                 log.warning("cannot accept a client on %s: %s", self.address, reason(error))
                 self._pause()
                 self._retry = self._reactor.call_later(ACCEPT_RETRY_SECONDS, self._resume)
                 break
             try:
                 self._negotiate(sock, peer)
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 log.warning("cannot greet a client on %s: %s", self.address, reason(error))
                 sock.close()
         return True
@@ -114,7 +114,7 @@ class Listener:
         log.debug("%s opens %s", negotiation.name, export.name)
         try:
             self._on_client(negotiation.sock, export, negotiation.trailing)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             log.warning("%s cannot be served: %s", negotiation.name, reason(error))
             negotiation.sock.close()
 

@@ -74,7 +74,7 @@ class Negotiation:
             step()
         except ProtocolError as error:
             self._drop(f"is dropped: {error}")
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             if self._handshake.finished:  # after ABORT a client need not wait for its ACK
                 self._let_go()
             elif isinstance(error, BrokenPipeError):

@@ -146,9 +146,9 @@ class ServedDisk:
         else:
             resends, memory = generation != 0, None if generation else self._memory
             connection = Connection(*common, trailing=trailing, resends=resends, memory=memory)
-        self._generations[connection] = generation
         if generation:
             self._positions[generation] = position
+        self._generations[connection] = generation
         if leash is not None:
             self._leashes[connection] = leash
         if self._removal is not None:

@@ -325,12 +325,12 @@ class Worker:
         }
         if not self._welcomed:
             if not self._say_hello(0):  # the bus is not connected yet
-                again.cancel()
                 self._reactor.call_later(AGAIN_SECONDS, self._heartbeat)
+                again.cancel()
             return
         if not changed:
-            again.cancel()
             self._beat_in(IDLE_HEARTBEAT_SECONDS)
+            again.cancel()
             if not self._resting:  # what was in flight, and waited for its readers, is freed now
                 pressure.give_back_heap()
         self._resting = not changed

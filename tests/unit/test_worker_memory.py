@@ -14,8 +14,9 @@ from backends.threads import Threads
 from reactor.bus import ControllerBus
 from reactor.data import connection
 from reactor.data.connection import Connection
+from reactor.data.negotiation import Negotiation
 from reactor.data.worker import Worker
-from reactor.loop import Reactor
+from reactor.loop import READABLE, Reactor
 from reactor.messages import encode
 from reactor.protocol.wire import NBD_CMD_FLUSH, NBD_CMD_READ, NBD_REQUEST_MAGIC, REQUEST
 from reactor.spec import DiskSpec
@@ -196,3 +197,36 @@ def test_a_bus_looks_again_after_it_lacked_the_memory_for_that(
     assert reactor._calls
     reactor.turn()
     bus.close()
+
+
+def test_a_request_that_lacks_memory_once_it_is_queued_ends_the_worker(
+    worker: Worker,
+    reactor: Reactor,
+    lost: list[None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with hand_over(tmp_path) as kernel:
+        turn(reactor)
+        (channel,) = worker._disks["a"].disk.channels
+        kernel.send(REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_FLUSH, 1, 0, 0))
+        with monkeypatch.context() as short:
+            short.setattr(reactor, "mark_kick", lacking)
+            serving = next(iter(worker._disks["a"]._generations))
+            serving._on_ready(READABLE)
+        assert lost
+        assert channel._syncing == []
+
+
+def test_a_client_that_there_is_no_memory_to_greet_is_dropped_alone(
+    reactor: Reactor, lost: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, its = socket.socketpair()
+    over: list[Negotiation] = []
+    with ours, its:
+        negotiation = Negotiation(reactor, its, "a client", {}, over.append)
+        monkeypatch.setattr(negotiation, "_send", lacking)
+        negotiation.begin()
+        assert ours.recv(1) == b""
+    assert over == [negotiation]
+    assert not lost
