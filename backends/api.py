@@ -7,6 +7,7 @@ write claim and hears of events; a `Channel` is one worker's private handle for 
 from __future__ import annotations
 
 import errno
+import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -38,6 +39,14 @@ PAYLOAD: Final = 5
 
 CHUNK_SHIFT: Final = 16  # chunks of 64 KiB; see `MappedMemory`
 DONE: Final = b""  # what `submit` returns for a finished request that carries no data
+
+
+def no_memory() -> OSError:
+    """Return what a request fails with that lacks memory before anything of it was begun.
+
+    A MemoryError that a channel lets through ends the worker: nobody knows how far it came.
+    """
+    return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
 class Busy(Exception):
@@ -166,6 +175,12 @@ class SimpleChannel(Channel):
         raise OSError(errno.EOPNOTSUPP, "the backend cannot write zeroes")
 
     def submit(self, request: Request, owner: Owner) -> Buffer | None:
+        try:
+            return self._do(request)
+        except MemoryError:
+            raise no_memory() from None
+
+    def _do(self, request: Request) -> Buffer:
         command, flags, _cookie, offset, length, payload = request
         if command == NBD_CMD_READ:
             return self.read(offset, length)

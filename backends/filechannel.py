@@ -18,6 +18,7 @@ from backends.api import (
     Channel,
     Owner,
     Request,
+    no_memory,
 )
 from backends.buffers import AlignedBuffer, BufferPool
 from backends.engine import Engine, OnRoom, Tag
@@ -205,7 +206,10 @@ class FileChannel(Channel):
             return None
         # A new bytearray each time: replies go out by reference, at the end of the turn. It costs
         # 0.3 us more than os.pread, which could wait for the disk.
-        data = bytearray(length)
+        try:
+            data = bytearray(length)
+        except MemoryError:
+            raise no_memory() from None
         try:
             if os.preadv(self._fd, (data,), request[OFFSET], os.RWF_NOWAIT) == length:
                 return data
@@ -256,6 +260,8 @@ class FileChannel(Channel):
             return None
         try:
             data = os.pread(self._fd, length, request[OFFSET])
+        except MemoryError:
+            raise no_memory() from None
         except OSError:
             self._file.suspect()
             raise

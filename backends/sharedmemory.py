@@ -21,7 +21,7 @@ from struct import Struct
 from typing import Final
 from urllib.parse import quote, unquote
 
-from backends.api import CHUNK_SHIFT
+from backends.api import CHUNK_SHIFT, no_memory
 from backends.linux import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -135,8 +135,11 @@ class SharedMemory:
         os.close(self.fd)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read where holes may be; a mapped read would fill them with memory."""
-        return os.pread(self.fd, length, DATA + offset)
+        """Read where holes may be; a mapped read would fill them with memory. Raises OSError."""
+        try:
+            return os.pread(self.fd, length, DATA + offset)
+        except MemoryError:
+            raise no_memory() from None
 
     def is_backed(self, begin: int, end: int) -> bool:
         """Return whether `begin..end` has no holes."""

@@ -364,11 +364,10 @@ class Connection:
         self._outgoing.buffers.append(SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, error, cookie))
 
     def _answer_failure(self, request: Request, error: Exception) -> None:
-        cookie = request[COOKIE]
-        answered = SIMPLE_REPLY.pack(NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
-        if isinstance(error, MemoryError) and answered in self._outgoing.buffers[-2:]:
-            raise error  # in the middle of the answer, or after it
-        self._answer(cookie, self._failed(request, error))
+        if isinstance(error, MemoryError):
+            self._reactor.lose()  # it may be answered by half, or be pending, and answered later
+            raise error
+        self._answer(request[COOKIE], self._failed(request, error))
 
     def _failed(self, request: Request, error: Exception) -> int:
         """Log what the client will only see as a number; returns the errno."""
