@@ -114,11 +114,7 @@ class _Steps(Owner):
             try:
                 done = self._channel.base.submit(self._step, self) is not None
             except Busy:
-                try:
-                    self._keep_payload()
-                except MemoryError:
-                    self._channel.base.abandon(self)  # it waits there for room
-                    raise
+                self._keep_payload()
                 return None
             if not done:
                 return None

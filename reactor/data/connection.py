@@ -332,14 +332,10 @@ class Connection:
 
     def _hold(self, command: int, length: int) -> int:
         """Count a request that is pending now; returns the bytes that it counts for."""
-        try:
-            self._in_flight += 1
-            if command > NBD_CMD_WRITE:
-                return 0
-            self._in_flight_bytes += length
-        except MemoryError:
-            self._reactor.lose()  # it would be answered twice
-            raise
+        self._in_flight += 1
+        if command > NBD_CMD_WRITE:
+            return 0
+        self._in_flight_bytes += length
         return length
 
     def _admit(self, request: Request) -> bool:

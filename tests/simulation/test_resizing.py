@@ -138,9 +138,8 @@ def test_who_died_and_is_back_opens_the_disk_before_it_is_resized_there(
     hosts: Hosts, controller: Controller, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """The one that is asked first takes its time, and the other dies meanwhile."""
-    monkeypatch.setattr(
-        hosts.world, "chance", lambda _: False
-    )  # to boot slowly: it would be killed
+    # Nothing is slow by chance: who waits for a boot that is, is killed.
+    monkeypatch.setattr(hosts.world, "chance", lambda _: False)
     leader, follower = controller.disk("wide").cores
     first, second = (follower, leader) if size < MIB else (leader, follower)
     slow = hosts.worker(first)

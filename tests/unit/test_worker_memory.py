@@ -73,6 +73,22 @@ def hand_over(folder: Path) -> socket.socket:
     return ours
 
 
+@pytest.fixture
+def served(
+    worker: Worker, reactor: Reactor, tmp_path: Path
+) -> Iterator[tuple[socket.socket, Connection]]:
+    """A connection of the worker's disk, and the kernel's end of it."""
+    with hand_over(tmp_path) as kernel:
+        turn(reactor)
+        assert worker._disks["a"].report()["connections"] == [(7, 0)]
+        (serving,) = worker._disks["a"]._generations
+        yield kernel, serving
+
+
+def send(kernel: socket.socket, command: int, length: int = 0) -> None:
+    kernel.send(REQUEST.pack(NBD_REQUEST_MAGIC, 0, command, 1, 0, length))
+
+
 def test_a_connection_that_there_is_no_memory_for_is_refused(
     worker: Worker,
     reactor: Reactor,
@@ -82,12 +98,12 @@ def test_a_connection_that_there_is_no_memory_for_is_refused(
 ) -> None:
     said: list[tuple[str, object]] = []
 
-    def send(kind: str, **fields: object) -> bool:
+    def say(kind: str, **fields: object) -> bool:
         said.append((kind, fields.get("reason")))
         return True
 
     with hand_over(tmp_path) as kernel, monkeypatch.context() as short:
-        short.setattr(worker._bus, "send", send)
+        short.setattr(worker._bus, "send", say)
         short.setattr("reactor.data.serving.Connection", lacking)
         turn(reactor)
         assert kernel.recv(1) == b""
@@ -111,21 +127,18 @@ def test_a_connection_that_cannot_even_be_refused_ends_it(
 
 
 def test_an_answer_that_cannot_be_given_ends_it(
-    worker: Worker,
+    served: tuple[socket.socket, Connection],
     reactor: Reactor,
     lost: list[None],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with hand_over(tmp_path) as kernel:
-        turn(reactor)
-        assert worker._disks["a"].report()["connections"] == [(7, 0)]
-        kernel.send(REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_FLUSH, 1, 0, 0))
-        with monkeypatch.context() as short:
-            short.setattr(Connection, "_answer", lacking)
-            for _ in range(100):
-                if not lost:
-                    turn(reactor)
+    kernel, _ = served
+    send(kernel, NBD_CMD_FLUSH)
+    with monkeypatch.context() as short:
+        short.setattr(Connection, "_answer", lacking)
+        for _ in range(100):
+            if not lost:
+                turn(reactor)
     assert lost
 
 
@@ -139,28 +152,24 @@ class Full(list[object]):
 
 
 def test_an_answer_that_lacks_memory_in_the_middle_is_not_sent(
-    worker: Worker, reactor: Reactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: tuple[socket.socket, Connection], reactor: Reactor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with hand_over(tmp_path) as kernel:
-        turn(reactor)
-        (serving,) = worker._disks["a"]._generations
-        monkeypatch.setattr(serving._outgoing, "buffers", Full())
-        kernel.send(REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_READ, 1, 0, 4096))
-        turn(reactor)
-        assert kernel.recv(1) == b""
+    kernel, serving = served
+    monkeypatch.setattr(serving._outgoing, "buffers", Full())
+    send(kernel, NBD_CMD_READ, 4096)
+    turn(reactor)
+    assert kernel.recv(1) == b""
 
 
 def test_a_connection_is_closed_whether_that_can_be_logged_or_not(
-    worker: Worker, reactor: Reactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: tuple[socket.socket, Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with hand_over(tmp_path) as kernel:
-        turn(reactor)
-        (serving,) = worker._disks["a"]._generations
-        with monkeypatch.context() as short:
-            short.setattr(connection.log, "info", lacking)
-            with pytest.raises(MemoryError):
-                serving.close("a test")
-        assert kernel.recv(1) == b""
+    kernel, serving = served
+    with monkeypatch.context() as short:
+        short.setattr(connection.log, "info", lacking)
+        with pytest.raises(MemoryError):
+            serving.close("a test")
+    assert kernel.recv(1) == b""
 
 
 def test_a_thread_that_cannot_tell_its_result_ends_the_worker(
@@ -200,22 +209,20 @@ def test_a_bus_looks_again_after_it_lacked_the_memory_for_that(
 
 
 def test_a_request_that_lacks_memory_once_it_is_queued_ends_the_worker(
+    served: tuple[socket.socket, Connection],
     worker: Worker,
     reactor: Reactor,
     lost: list[None],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with hand_over(tmp_path) as kernel:
-        turn(reactor)
-        (channel,) = worker._disks["a"].disk.channels
-        kernel.send(REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_FLUSH, 1, 0, 0))
-        with monkeypatch.context() as short:
-            short.setattr(reactor, "mark_kick", lacking)
-            serving = next(iter(worker._disks["a"]._generations))
-            serving._on_ready(READABLE)
-        assert lost
-        assert channel._syncing == []
+    kernel, serving = served
+    (channel,) = worker._disks["a"].disk.channels
+    send(kernel, NBD_CMD_FLUSH)
+    with monkeypatch.context() as short:
+        short.setattr(reactor, "mark_kick", lacking)
+        serving._on_ready(READABLE)
+    assert lost
+    assert channel._syncing == []
 
 
 def test_a_client_that_there_is_no_memory_to_greet_is_dropped_alone(
