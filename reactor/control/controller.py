@@ -14,7 +14,7 @@ from typing import Final
 from backends import registry
 from reactor.control.configured import Configured
 from reactor.control.disk import DiskControl
-from reactor.control.holders import attach_refusal, check_new, holder
+from reactor.control.holders import attach_refusal, check_new, holder, patience
 from reactor.control.host import Host
 from reactor.control.leftovers import LeftDevices, report_left
 from reactor.control.neighbours import Neighbours
@@ -87,8 +87,9 @@ class Controller:
         )
         self._left_devices = LeftDevices(platform, partial(self._on_settled, None))
         self._bus = platform.connect(self._on_event)
+        awaited = partial(patience, self._disks)
         self._workforce = Workforce(
-            platform, self._bus, options.cores, self._on_worker, self._on_hello
+            platform, self._bus, options.cores, awaited, self._on_worker, self._on_hello
         )
         self._workers = self._workforce.by_core
 
@@ -338,8 +339,7 @@ class Controller:
         reports = {report["spec"]["name"]: report for report in message["disks"]}
         self._took_over |= bool(reports) and not worker.spawned  # also if nothing was saved
         for disk in list(self._disks.values()):
-            share = disk.share(worker)
-            if share is not None:
+            if (share := disk.share(worker)) is not None:
                 report = reports.pop(disk.spec.name, None)
                 if not disk.found(share, report, message["id"]):
                     worker.kill(f"it serves disk {disk.spec.name} with another config")

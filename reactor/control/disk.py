@@ -238,7 +238,6 @@ class DiskControl:
 
     def worker_lost(self, share: Share) -> None:
         """Note that a worker is gone, with its channel and its ends of the sockets."""
-        share.worker.bear(self.spec.dead_timeout if self.path else 0)
         share.close()
         self.settled = self.settled and not self.rising
         self._link.worker_lost(share)
@@ -249,7 +248,6 @@ class DiskControl:
         """Take over a device that the kernel still holds for the disk."""
         log.info("disk %s: the kernel still holds %s", self.spec.name, device.path)
         self._link.adopt(device, self.spec)
-        self._shares.bear(self.spec.dead_timeout)
         self._made, self._known = self._made or 1, True  # also when the state was lost
 
     def found(self, share: Share, report: Mapping[str, Any] | None, asked_ns: int) -> bool:
@@ -332,7 +330,6 @@ class DiskControl:
 
     def _rise(self) -> None:
         link, shares, device = self._link, self._shares, self._link.device
-        shares.bear(self.spec.dead_timeout if device is not None else 0)
         resize = self._resize if self._resize and not self._resize.refusal else None
         astray = device is not None and self.spec.device not in ("auto", device.path)
         if not astray:

@@ -9,6 +9,7 @@ from typing import Final
 
 from backends import registry
 from reactor.control.disk import DiskControl
+from reactor.control.workers import WorkerProcess
 from reactor.spec import Address, DiskSpec
 
 DISKS_MAX: Final = 4096
@@ -22,6 +23,14 @@ def check_new(spec: DiskSpec, disks: Mapping[str, DiskControl]) -> None:
         raise OSError(errno.ENOSPC, f"there are {DISKS_MAX} disks already")
     if spec.device not in (None, "auto") and (name := holder(spec.device, disks.values())):
         raise OSError(errno.EEXIST, f"{spec.device} is in use by disk {name}")
+
+
+def patience(disks: Mapping[str, DiskControl], worker: WorkerProcess) -> float:
+    """Return for how many seconds who uses a device waits for the worker."""
+    used = (disk for disk in disks.values() if disk.path is not None and disk.failure is None)
+    shares = ((disk, disk.share(worker)) for disk in used)
+    awaited = (disk for disk, share in shares if share is not None and not share.given_up)
+    return max((disk.spec.dead_timeout for disk in awaited), default=0.0)
 
 
 def attach_refusal(disk: DiskControl) -> OSError | None:

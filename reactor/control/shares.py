@@ -191,11 +191,6 @@ class Shares:
 
     # --- what is done ---
 
-    def bear(self, seconds: float) -> None:
-        """Give up no worker for so long because it cannot boot."""
-        for share in self._all:
-            share.worker.bear(seconds)
-
     def give_up_failed(self) -> None:
         """Do without the workers that keep dying."""
         for share in self._taking_part():

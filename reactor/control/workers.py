@@ -38,6 +38,7 @@ class WorkerProcess:
 
     `on_hello` gets what the worker says that it has: when it comes up, and when it was asked again
     because something that it had said got lost. Then, and when it is gone, `on_change` comes.
+    `patience` tells for how many seconds who uses its disks waits for one that cannot boot.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class WorkerProcess:
         platform: Platform,
         bus: Bus,
         core: int,
+        patience: Callable[[WorkerProcess], float],
         on_change: Callable[[WorkerProcess], None],
         on_hello: Callable[[WorkerProcess, Message], None],
     ) -> None:
@@ -57,6 +59,7 @@ class WorkerProcess:
         self._platform = platform
         self._reactor = platform.reactor
         self._bus = bus
+        self._patience = patience
         self._on_change = on_change
         self._on_hello = on_hello
         self._process: Process | None = None
@@ -70,7 +73,6 @@ class WorkerProcess:
         self._quick_deaths = 0  # after its hello
         self._boot_deaths = 0  # before it, since the last one
         self._lost_ns = 0  # when the first of these was
-        self._patience = 0.0  # seconds for which who uses it waits
         self._short = False  # of memory or descriptors, and that was said
         self._aborted = self._killed = False
         self.is_blocked = False  # a medium that it waits for was reported
@@ -202,7 +204,6 @@ class WorkerProcess:
         if came:
             log.info("worker core %d runs (pid %s)", self.core, self.pid)
             self._boot_deaths = 0
-            self._patience = 0.0
         self._on_hello(self, message)
         self.unknown = self._killed  # what it should not have it has until its end
         self._on_change(self)
@@ -314,12 +315,7 @@ class WorkerProcess:
         """Start again a worker that was given up."""
         if self.state == "failed":
             self._quick_deaths = self._boot_deaths = 0
-            self._patience = 0.0
             self.spawn()
-
-    def bear(self, seconds: float) -> None:
-        """Do not give it up for so long if it cannot boot: somebody waits for its disk."""
-        self._patience = max(self._patience, seconds)
 
     # --- its death ---
 
@@ -387,7 +383,7 @@ class WorkerProcess:
         most = len(BACKOFF_SECONDS)
         lost = (self._reactor.clock() - self._lost_ns) / 1e9
         tried = cannot_start or self._quick_deaths + self._boot_deaths > most
-        return self._quick_deaths > most or (tried and lost >= self._patience)
+        return self._quick_deaths > most or (tried and lost >= self._patience(self))
 
     def _plan_respawn(self, *, cannot_start: bool) -> None:
         if self._is_given_up(cannot_start=cannot_start):

@@ -24,11 +24,12 @@ class Workforce:
         platform: Platform,
         bus: Bus,
         cores: Iterable[int],
+        patience: Callable[[WorkerProcess], float],
         on_change: Callable[[WorkerProcess], None],
         on_hello: Callable[[WorkerProcess, Message], None],
     ) -> None:
         def worker(core: int) -> WorkerProcess:
-            return WorkerProcess(platform, bus, core, self._changed, on_hello)
+            return WorkerProcess(platform, bus, core, patience, self._changed, on_hello)
 
         self._platform = platform
         self._on_change = on_change
