@@ -90,8 +90,10 @@ class Lanes:
 
     def take(self, lane: int, connection: FencedConnection) -> bool:
         """Take a lane; False while another connection holds it."""
-        if lane not in self._holders and self._locks.take(lane):
-            self._holders[lane] = connection
+        if lane not in self._holders:
+            self._holders[lane] = connection  # first, as it may lack memory
+            if not self._locks.take(lane):
+                del self._holders[lane]
         return self._holders.get(lane) is connection
 
     def give_up(self, lane: int) -> None:

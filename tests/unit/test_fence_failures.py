@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from backends import lanes
-from reactor.data.fence import Lanes
+from reactor.data.fence import FencedConnection, Lanes
 from reactor.data.serving import ServedDisk
 from reactor.loop import Reactor
 from reactor.spec import DiskSpec
@@ -102,6 +102,24 @@ def test_who_cannot_know_of_wishes_gives_its_lanes_up(bed: Bed, locks: Locks) ->
     bed.a_while()
     assert len(slow.submitted) == 1
     slow.finish()
+    bed.until(lambda: held.submitted)
+
+
+class FullDict(dict[int, FencedConnection]):
+    """A dict for which there is no memory."""
+
+    def __setitem__(self, *_: object) -> None:
+        raise MemoryError
+
+
+def test_a_lane_that_there_is_no_memory_to_note_is_not_kept_from_others(bed: Bed) -> None:
+    lanes = bed.open()
+    first, _ = bed.connection(lanes)
+    second, held = bed.worker()
+    lanes._holders = FullDict()
+    first.send(write(LANE))
+    bed.until(lambda: first.closed)
+    second.send(write(LANE, sent=2))
     bed.until(lambda: held.submitted)
 
 
