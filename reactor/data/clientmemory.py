@@ -74,12 +74,13 @@ class ClientMemory:
             self._watch(client)
         else:
             self._clients.pop(client, None)
-        if now < before and self._waiting and self._wake is None:
+        if now <= before and self._waiting and self._wake is None:
             self._wake = self._reactor.call_later(0, self._resume)
 
     def forget(self, client: Client, count: int) -> None:
         """Free the `count` bytes of a client that is gone."""
         self._waiting.pop(client, None)
+        # Also of none: it may be gone since there was no memory for the timer that wakes others.
         self.change(client, count, 0)
 
     def _watch(self, client: Client) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -13,7 +13,7 @@ from backends.malloc import MallocBackend
 from reactor.data import clientmemory
 from reactor.data.clientmemory import RESERVE, ClientMemory
 from reactor.data.connection import Connection
-from reactor.loop import Reactor
+from reactor.loop import Reactor, Timer
 from reactor.protocol.wire import NBD_CMD_READ, NBD_CMD_WRITE
 from tests.submitting import turn_until
 from tests.unit.pumping import CallChannel, null_disk
@@ -218,6 +218,32 @@ def test_the_kernel_does_not_wait_for_clients(worker: Worker) -> None:
     assert kernel.receive(16 + LARGE) == reply(1, 0, bytes(LARGE))
     kernel.send(WRITE)
     assert kernel.receive(16) == reply(1)
+
+
+def test_who_waits_goes_on_though_there_was_no_memory_to_wake_it(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, first, waiting = (worker.client() for _ in range(3))
+    slow.send(READ * 2)
+    first.send(request(NBD_CMD_READ, 0, RESERVE + MIB // 4))
+    free = worker.memory.left + first.connection._share.bytes
+    length = free - free % 4096
+    waiting.send(request(NBD_CMD_READ, 0, length))
+    assert list(worker.memory._waiting) == [waiting.connection]
+
+    failures: list[float] = []
+    call_later = worker.reactor.call_later
+
+    def fail_once(seconds: float, function: Callable[[], None]) -> Timer:
+        if function == worker.memory._resume and not failures:
+            failures.append(seconds)
+            raise MemoryError
+        return call_later(seconds, function)
+
+    monkeypatch.setattr(worker.reactor, "call_later", fail_once)
+    first.receive(MIB // 4)
+    turn_until(worker.reactor, lambda: first.closed)
+    assert waiting.receive(16 + length) == reply(1, 0, bytes(length))
 
 
 def test_memory_kept_for_the_next_payload_is_given_to_who_needs_it(worker: Worker) -> None:
