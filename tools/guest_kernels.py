@@ -60,6 +60,7 @@ def user_mode_linux(bed: Path, memory: int, disks: list[str], streams: list[int]
         raise Missing(f"no nbd module under {UML_MODULES}; reinstall the package user-mode-linux")
     letters = "abcdefgh"[: len(disks)]
     command = [
+        *for_this_cpu(bed),
         "linux.uml",
         f"mem={memory}M",
         "root=/dev/root",
@@ -82,6 +83,19 @@ def user_mode_linux(bed: Path, memory: int, disks: list[str], streams: list[int]
     ]
     inside = [f"/dev/ubd{letter}" for letter in letters]
     return Guest("uml", command, inside, str(modules[-1]), "/dev/ttyS0", "/dev/ttyS1", "/dev/ttyS2")
+
+
+def for_this_cpu(bed: Path) -> list[str]:
+    """Return what must stand before the command of User-Mode Linux."""
+    if " amx_tile" not in Path("/proc/cpuinfo").read_text():
+        return []
+    require({"gcc": "gcc libc6-dev"})
+    library = bed / "xstate.so"
+    source = TOOLS / "kernel-xstate.c"
+    compiler = ["gcc", "-O2", "-Wall", "-shared", "-fPIC", "-o", str(library), str(source)]
+    if subprocess.run(compiler, check=False).returncode:
+        raise Missing(f"{source.name} cannot be compiled: apt-get install libc6-dev")
+    return ["env", f"LD_PRELOAD={library}"]
 
 
 def qemu(bed: Path, memory: int, disks: list[str], streams: list[int], cpus: int) -> Guest:
