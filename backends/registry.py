@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 import os
-import pkgutil
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
-import backends
 from backends.api import Backend
-from reactor.errors import ReactorError
+from reactor.errors import ReactorError, is_shortage
 from reactor.spec import BackendSchema
 
 ENTRY_POINT_GROUP = "nbd_reactor.backends"
 _NOT_BACKENDS = {
+    "__init__",
     "api",
     "buffers",
     "emulation",
@@ -35,34 +36,55 @@ _NOT_BACKENDS = {
 
 
 @cache
+def own_names() -> tuple[str, ...]:
+    """Return the names of the backends that are modules here, sorted; raises OSError."""
+    # Not by pkgutil, which takes a folder that it cannot list for an empty one.
+    files = Path(__file__).parent.iterdir()
+    return tuple(sorted({file.stem for file in files if file.suffix == ".py"} - _NOT_BACKENDS))
+
+
+@cache
+def _others() -> Mapping[str, EntryPoint]:
+    for folder in filter(os.path.isdir, sys.path):
+        try:
+            os.close(os.open(folder, os.O_RDONLY))  # else entry_points() takes it for empty, too
+        except OSError as error:
+            if is_shortage(error):
+                raise
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+@cache
 def names() -> tuple[str, ...]:
-    """Return the names of all installed backends, sorted."""
-    own = {module.name for module in pkgutil.iter_modules(backends.__path__)} - _NOT_BACKENDS
-    others = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
-    return tuple(sorted(own | others))
+    """Return the names of all installed backends, sorted; raises OSError."""
+    return tuple(sorted({*own_names(), *_others()}))
 
 
 @cache
 def backend(name: str) -> type[Backend]:
-    """Return the backend `name`; raises ReactorError when it is absent or cannot be loaded."""
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.name == name:
-            try:
-                loaded = point.load()
-            except Exception as error:
-                message = f"backend {name}: {point.value} cannot be loaded: {error}"
-                raise ReactorError(message) from error
-            if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
-                raise ReactorError(f"backend {name}: {point.value} is not a backends.api.Backend")
-            return loaded
-    if name not in names():
+    """Return the backend `name`; raises ReactorError when it is absent or cannot be loaded.
+
+    That there is no memory, or no descriptor, for it now is an OSError or a MemoryError.
+    """
+    if name in own_names():
+        try:
+            module = importlib.import_module(f"backends.{name}")
+        except ImportError as error:  # a package that only this backend needs
+            raise ReactorError(f"backend {name} cannot be loaded: {error}") from error
+        found: type[Backend] = module.BACKEND
+        return found
+    point = _others().get(name)
+    if point is None:
         raise ReactorError(f"no backend is called {name!r}; there are {', '.join(names())}")
     try:
-        module = importlib.import_module(f"backends.{name}")
-    except ImportError as error:  # a package that only this backend needs
-        raise ReactorError(f"backend {name} cannot be loaded: {error}") from error
-    found: type[Backend] = module.BACKEND
-    return found
+        loaded = point.load()
+    except Exception as error:
+        if is_shortage(error):
+            raise
+        raise ReactorError(f"backend {name}: {point.value} cannot be loaded: {error}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
+        raise ReactorError(f"backend {name}: {point.value} is not a backends.api.Backend")
+    return loaded
 
 
 def can_share(name: str) -> bool:

@@ -12,6 +12,7 @@ import signal
 import stat
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -90,8 +91,9 @@ def _await_core(arguments: argparse.Namespace) -> tuple[int, int] | None:
     pressure.prepare()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each client
+    _load_backends(registry.own_names())  # a shortage later finds them loaded
     if arguments.lock_memory:
-        _load_backends()  # their code belongs to what is locked
+        _load_backends(registry.names())  # their code belongs to what is locked
         pressure.lock_memory()
     told = sys.stdin.buffer.readline()
     if not told:
@@ -137,8 +139,8 @@ def _open_parent(controller: int) -> int | None:
     return process if os.getppid() == controller else None
 
 
-def _load_backends() -> None:
-    for name in registry.names():
+def _load_backends(names: Iterable[str]) -> None:
+    for name in names:
         try:
             registry.backend(name)
         except ReactorError as error:  # a disk of this backend will say so too

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -79,6 +80,23 @@ def test_a_worker_without_descriptors(service: Start, tmp_path: Path) -> None:
             assert start_scratch(running, tmp_path) in (-errno.EMFILE, 0)
             running.rpc_raw("reactor_remove_disk", name="scratch")
     assert start_scratch(running, tmp_path) == 0
+    check_all_serve(running, tmp_path)
+    assert running.workers() == {0: worker}
+    assert "Traceback" not in running.log
+
+
+def test_a_worker_that_begins_without_descriptors(service: Start, tmp_path: Path) -> None:
+    running = service(DISKS.format(tmp_path))
+    dead = running.workers()[0]
+    dead.kill()
+    worker = running.unborn_worker(dead.pid)
+    running.await_true(lambda: "nbd-reactor: worker core 0" in " ".join(worker.cmdline()))
+    running.process.send_signal(signal.SIGSTOP)  # until there are none
+    time.sleep(1)
+    with few_descriptors(worker.pid, 0):
+        running.process.send_signal(signal.SIGCONT)
+        running.await_line("disk ram waits: ")
+        time.sleep(SHORT_SECONDS)
     check_all_serve(running, tmp_path)
     assert running.workers() == {0: worker}
     assert "Traceback" not in running.log

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from backends import registry
@@ -22,6 +25,31 @@ def test_the_schemas_say_what_a_config_must_know() -> None:
     assert len(schemas) == len(registry.names())
     assert [key.name for key in schemas["malloc"].keys] == ["size"]
     assert schemas["malloc"].can_multi_conn
+
+
+WITHOUT_DESCRIPTORS = """
+import errno, resource
+from backends import registry
+
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+for look in (registry.names, lambda: registry.backend("malloc")):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        look()
+    except OSError as error:
+        assert error.errno == errno.EMFILE, error
+    else:
+        raise AssertionError("it was known already")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert look()
+"""
+
+
+def test_a_moment_without_descriptors_is_told_and_forgotten() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DESCRIPTORS], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_an_unknown_backend_has_no_schema() -> None:
