@@ -65,11 +65,12 @@ class DiskControl:
             self.failure = ReactorError("its storage was removed")
         self._again_online = False  # wanted online while it was still being removed
         self._errand = Errand(host.platform, self.step)
-        shares = {core: Share(workers[core]) for core in placement.cores}
+        clock = host.platform.reactor.clock
+        shares = {core: Share(workers[core], clock) for core in placement.cores}
         homes = [shares[core] for core in placement.connections]
         self._shares = Shares(self._errand, spec, list(shares.values()), self._on_failed)
         self._link = DeviceLink(host.platform, self._errand, homes, self._on_link_failed)
-        self._waiting = Waiting(host.platform.reactor.clock)
+        self._waiting = Waiting(clock)
         self._answers = Answers(spec.name)
         self._left: Exception | None = None  # why what it kept could not be removed
         self._attaching: Callable[[str | Exception], None] | None = None
@@ -234,6 +235,8 @@ class DiskControl:
             self._link.connection_lost(message["generation"])
         else:
             self._shares.answered(share, message)
+            if kind == "started":
+                self._waiting.end()  # of what it may lack later this says nothing
         self.step()
 
     def worker_lost(self, share: Share) -> None:

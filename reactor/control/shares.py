@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Final
 
 from reactor.control.errand import Errand
+from reactor.control.waiting import Waiting
 from reactor.control.workers import WorkerProcess
 from reactor.errors import DeviceError, ReactorError, reason
 from reactor.log import logger
@@ -17,6 +18,7 @@ from reactor.messages import Message
 from reactor.spec import Address, DiskSpec
 
 OPEN_SECONDS: Final = 60.0
+REST_SECONDS: Final = 10.0  # of a worker that lacks what it needs to open the disk
 REMOVE_SECONDS: Final = 15.0
 DRAIN_SECONDS: Final = 10.0
 LET_GO_SECONDS: Final = 15.0  # until a worker has drained a disk and closed it
@@ -37,9 +39,12 @@ class Geometry:
 class Share:
     """What one worker has of a disk."""
 
-    def __init__(self, worker: WorkerProcess) -> None:
+    def __init__(self, worker: WorkerProcess, clock: Callable[[], int]) -> None:
         self.worker = worker
         self.given_up = ""  # why the disk does without it
+        self.waiting = Waiting(clock)  # for what it lacks to open the disk
+        self._clock = clock
+        self._rests_until_ns = 0
         self.opened = False  # it has the disk open
         self.size = 0  # bytes of the disk, as it last told
         self.members: list[int] | None = None  # it leads, and gives clients to these cores
@@ -47,6 +52,18 @@ class Share:
         self.refusing = False  # it refuses I/O
         self.unheard = ""  # why it leads, and clients find nobody at one of its addresses
         self.statistics: dict[str, int] = {}
+
+    @property
+    def may_open(self) -> bool:
+        """Whether it can be told to open the disk now."""
+        return self.worker.takes_disks and self._clock() >= self._rests_until_ns
+
+    def bears(self, error: Exception, seconds: float) -> bool:
+        """Note that it could not open the disk; whether it is to try again, after a rest."""
+        bears = self.waiting.bears(error, seconds)
+        if bears:
+            self._rests_until_ns = self._clock() + int(REST_SECONDS * 1e9)
+        return bears
 
     def found(self, report: Mapping[str, Any]) -> None:
         """Note what the worker says that it has."""
@@ -58,6 +75,8 @@ class Share:
 
     def close(self) -> None:
         """Note that the worker has nothing of the disk any more."""
+        self._rests_until_ns = 0
+        self.waiting.end()
         self.opened = False
         self.size = 0
         self.members = None
@@ -88,6 +107,7 @@ class Shares:
         self._errand = errand
         self._disk = spec.name
         self._all = shares
+        self._patience = OPEN_SECONDS  # with a worker that lacks something
         self._on_failed = on_failed
         self._on_refused = on_failed  # the leader's resize
 
@@ -171,9 +191,10 @@ class Shares:
 
     def shortcoming(self) -> str:
         """Return what is missing while the disk is served, if anything."""
-        closed = ", ".join(str(share.worker.core) for share in self.closed)
+        closed = self.closed
         if self.opened and closed:
-            return f"served without core {closed}"
+            lacking = next((f": {s.waiting.reason}" for s in closed if s.waiting.reason), "")
+            return f"served without core {', '.join(str(s.worker.core) for s in closed)}{lacking}"
         unheard = next((share.unheard for share in self._all if share.unheard), "")
         return f"not served everywhere: {unheard}" if unheard else ""
 
@@ -203,7 +224,7 @@ class Shares:
         `least`: bytes that its storage must have; 0: it may be made. `within` so many seconds.
         """
         core, *members = self.cores
-        running = [share for share in self.closed if share.worker.takes_disks]
+        running = [share for share in self.closed if share.may_open]
         if not running:
             return
         # Who is to lead waits until the one that did listens no more. Else those that hang wait.
@@ -215,6 +236,7 @@ class Shares:
             ),
         )
         leads = share.worker.core == core
+        self._patience = within
         self._had_storage, self.has_storage = self.has_storage, True  # should it never answer
         listen = self.listen if leads else ()
         share.unheard = ""  # it says so anew
@@ -224,6 +246,7 @@ class Shares:
         def started(_worker: WorkerProcess, message: Message) -> None:
             self._learn(message)
             share.opened = True
+            share.waiting.end()
             share.size = message["size"]
             share.members = members if leads else None
             share.listen = listen
@@ -312,13 +335,18 @@ class Shares:
     def kill_obstructing(self) -> None:
         """End the workers whose answer does not come while another waits to open the disk.
 
-        But not those that are opening it themselves: that may take its time.
+        But those that are opening it themselves only after a while: that may take its time.
         """
-        if any(share.worker.healthy for share in self.closed):
-            for share in self.opened:
-                if self._errand.needs(share.worker) and share.worker.is_silent:
-                    why = f"disk {self._disk} waits for its answer, and another worker for the disk"
-                    share.worker.kill(why)
+        if not any(share.worker.healthy for share in self.closed):
+            return
+        for share in self._taking_part():
+            if not (self._errand.needs(share.worker) and share.worker.is_silent):
+                continue
+            if share.opened:
+                why = f"disk {self._disk} waits for its answer, and another worker for the disk"
+                share.worker.kill(why)
+            else:
+                self._errand.hurry(MEDIUM_SECONDS)
 
     def answered(self, share: Share, message: Message) -> None:
         """Take what may be the answer to a command."""
@@ -334,11 +362,8 @@ class Shares:
             share.worker.kill(f"it cannot {command} disk {self._disk}: {reason(error)}")
         elif command == "start" and share.opened and not self._follows(share):
             share.listen, share.unheard = self.listen, reason(error)
-        elif command == "start" and self.opened:
-            self._give_up(share, error)
         elif command == "start":
-            self.has_storage = self._had_storage
-            self._on_failed(error)
+            self._not_opened(share, error)
         elif command == "resize":
             self._on_refused(error)
         else:
@@ -377,6 +402,18 @@ class Shares:
         if shares[0].opened:
             return shares[0]
         return next((share for share in shares if share.members is not None), shares[0])
+
+    def _not_opened(self, share: Share, error: Exception) -> None:
+        alone = self._taking_part() == [share]
+        waits = not alone and share.bears(error, self._patience)  # so that others have their turn
+        if not self.opened:
+            self.has_storage = self._had_storage
+            self._on_failed(error)
+        elif waits:
+            message = "disk %s waits at core %d: %s"
+            log.warning(message, self._disk, share.worker.core, reason(error))
+        else:
+            self._give_up(share, error)
 
     def _follows(self, share: Share) -> bool:
         return share is not self._leader()
@@ -422,7 +459,7 @@ class Shares:
             worker.kill(why)
         elif share.opened:  # it serves on, but for its clients; it is told again
             log.warning("disk %s: %s", self._disk, why)
-        elif self.opened:
+        elif self._taking_part() != [share]:
             self._give_up(share, DeviceError(errno.ETIMEDOUT, why))
             self._stop([share])  # it may yet open it
         else:

@@ -177,7 +177,7 @@ class Worker:
     def __init__(self, process: WorkerProcess) -> None:
         self.process = process
         self.disks: dict[str, ServedDisk] = {}
-        self._retries: dict[str, Event] = {}
+        self._retries: dict[str, tuple[int, Event]] = {}  # the command, and what goes on with it
         self._welcomed = False
         self._terminating = False
         self._failures: dict[str, tuple[int, OSError]] = {}  # by disk: of the last `start`
@@ -233,19 +233,22 @@ class Worker:
             self.take_descriptors()
             self._say_hello(inquiry)
 
-    def _start(self, message: Message, tries: int = START_TRIES) -> None:
-        spec = DiskSpec.from_message(message["spec"])
-        command, failure = self._failures.pop(spec.name, (0, None))
+    def _start(self, message: Message) -> None:
+        name = message["spec"]["name"]
+        command, _ = self._retries.get(name, (0, None))
+        if command == message["id"]:  # it was only said again
+            return
+        command, failure = self._failures.pop(name, (0, None))
         if command == message["id"] and failure is not None:
             raise failure
-        retry = self._retries.pop(spec.name, None)
-        if retry is not None:
-            retry.cancel()
+        self._try_to_start(message, START_TRIES)
+
+    def _try_to_start(self, message: Message, tries: int) -> None:
+        spec = DiskSpec.from_message(message["spec"])
+        self._forget_retry(spec.name)
         disk = self.disks.get(spec.name)
         if disk is None and self.process.host.hangs(spec):
-            wait = partial(self._start_again, message, tries)
-            run = self.process.run
-            self._retries[spec.name] = self.process.world.after(START_RETRY_SECONDS, run, wait)
+            self._retry(message, tries)
             return
         if disk is None:
             try:
@@ -254,9 +257,7 @@ class Worker:
             except OSError as error:
                 if error.errno not in RETRIED or not tries:
                     raise
-                again = partial(self._start_again, message, tries - 1)
-                run = self.process.run
-                self._retries[spec.name] = self.process.world.after(START_RETRY_SECONDS, run, again)
+                self._retry(message, tries - 1)
                 return
             self.disks[spec.name] = disk
             self.process.world.note("%s opens %s", self.process, disk.storage)
@@ -270,22 +271,28 @@ class Worker:
         answer = {"size": disk.size, "block_size": disk.block_size, "flags": disk.flags}
         self.say("started", id=message["id"], disk=spec.name, **answer)
 
-    def _forget_retries(self) -> None:
-        for retry in self._retries.values():
+    def _forget_retry(self, name: str) -> None:
+        _, retry = self._retries.pop(name, (0, None))
+        if retry is not None:
             retry.cancel()
-        self._retries.clear()
 
-    def _start_again(self, message: Message, tries: int) -> None:
-        try:
-            self._start(message, tries)
-        except OSError as error:
-            self._fail(message, error)
+    def _forget_retries(self) -> None:
+        for name in list(self._retries):
+            self._forget_retry(name)
+
+    def _retry(self, message: Message, tries: int) -> None:
+        def again() -> None:
+            try:
+                self._try_to_start(message, tries)
+            except OSError as error:
+                self._fail(message, error)
+
+        timer = self.process.world.after(START_RETRY_SECONDS, self.process.run, again)
+        self._retries[message["spec"]["name"]] = message["id"], timer
 
     def _stop(self, message: Message) -> None:
         name = message["disk"]
-        retry = self._retries.pop(name, None)
-        if retry is not None:
-            retry.cancel()
+        self._forget_retry(name)
         disk = self.disks.get(name)
         if disk is None:
             self.say("stopped", id=message["id"], disk=name)
@@ -317,7 +324,7 @@ class Worker:
                 self._refused = message["id"]
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.process.host.store.check_size(message["disk"], size)
-            disk.storage.size = size
+            disk.storage.size, disk.storage.cut_from = size, 0
         disk.size = size
         disk.spec = disk.spec.with_size(size)
         disk.check_size()
