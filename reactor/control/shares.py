@@ -398,7 +398,8 @@ class Shares:
 
     def _leader(self) -> Share:
         """Return the first that takes part; while it opens the disk, the one that leads now."""
-        shares = self._taking_part() or self._all
+        taking_part = self._taking_part() or self._all
+        shares = [share for share in taking_part if not share.waiting.reason] or taking_part
         if shares[0].opened:
             return shares[0]
         return next((share for share in shares if share.members is not None), shares[0])

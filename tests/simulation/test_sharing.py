@@ -67,9 +67,11 @@ def test_the_other_has_its_turn_while_one_lacks_memory(
             hosts.worker(core).send_signal(signal.SIGKILL)
         hosts.let_pass(20)
         assert hosts.reasons()["wide"] == f"served without core 0: {NO_MEMORY}"
-        assert "wide" in disks_of(hosts, 1)
+        assert disks_of(hosts, 1)["wide"].leads
     hosts.await_states(**ONLINE)
     assert all_serve(hosts)
+    assert disks_of(hosts, 0)["wide"].leads
+    assert not disks_of(hosts, 1)["wide"].leads
 
 
 def disks_of(hosts: Hosts, core: int) -> dict[str, ServedDisk]:
