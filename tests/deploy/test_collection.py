@@ -89,6 +89,13 @@ def test_text_of_the_command_line_is_cast_or_refused(
     assert said in preflight({}, tmp_path, *words)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="the role needs root")
+def test_cores_that_the_host_does_not_have_are_refused(tmp_path: Path) -> None:
+    assert "core 99999 is not online" in preflight(
+        {"nbd_reactor_options": ["--cores", 99999]}, tmp_path
+    )
+
+
 def test_a_start_is_given_up_within_half_of_the_time_that_io_can_wait(tmp_path: Path) -> None:
     for patience, seconds in ((600, 300), (400, 200), (900, 300), (20, 60), (0, 60)):
         variables = {"nbd_reactor_patience": {"stdout": f"{patience}\n"}}

@@ -46,7 +46,7 @@ def test_devices_of_others_and_missing_directories_are_problems(
     attach(host, "nbd1", "nbd-reactor:another0:data")
     devices = [f"/dev/nbd{index}" for index in range(3)]
     directories = [str(tmp_path), str(tmp_path / "nothing")]
-    said = host.preflight(json.dumps(devices), json.dumps(directories))["problems"]
+    said = host.preflight(json.dumps(devices), json.dumps(directories), "[]")["problems"]
     about = [line for line in said if "no module nbd" not in line]  # of this very kernel
     assert [line.split()[0] for line in about] == ["/dev/nbd1", str(tmp_path / "nothing")]
 
@@ -54,10 +54,39 @@ def test_devices_of_others_and_missing_directories_are_problems(
 def test_a_directory_that_is_a_link_is_a_problem(host: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    said = host.preflight("[]", json.dumps([str(tmp_path / "real"), str(tmp_path / "link")]))
+    both = json.dumps([str(tmp_path / "real"), str(tmp_path / "link")])
+    said = host.preflight("[]", both, "[]")
     about = [line for line in said["problems"] if "no module nbd" not in line]
     assert [line.split(" is a symbolic link to ")[0] for line in about] == [str(tmp_path / "link")]
     assert f"name {tmp_path}/real itself" in about[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        (["--cores=0-1,5"], []),
+        (["--mode=poll", "--cores=0-2"], [2]),
+        (["--cores", "5,3-4,7"], [3]),
+        (["--cores", 6], [6]),  # YAML makes a number of it
+        (["--cores=0-999999999"], [2]),
+        (["--cores=0X23", "--cores=0x63", "--cores=8"], [6, 8]),
+        (["--cores=all"], []),
+        (["--cores=1-0", "--cores=0,x,9", "--cores=9,", "--cores=", "--cores"], []),
+        (["--metrics=127.0.0.1:9", "--no-cores=9"], []),
+    ],
+)
+def test_cores_that_the_host_does_not_have_are_problems(
+    host: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str | int],
+    missing: list[int],
+) -> None:
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: {0, 1, 5})
+    said = host.preflight("[]", "[]", json.dumps(options))["problems"]
+    about = [line for line in said if line.startswith("--cores=")]
+    assert len(about) == len(missing)
+    for line, core in zip(about, missing, strict=True):
+        assert f": core {core} is not online, or not allowed for this process (0, 1, 5 " in line
 
 
 def test_what_the_network_mounts_above_a_directory_comes_late(
@@ -78,9 +107,9 @@ def test_what_the_network_mounts_above_a_directory_comes_late(
 def test_a_python_that_the_service_does_not_see_is_a_problem(
     host: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not any("ProtectHome" in line for line in host.preflight("[]", "[]")["problems"])
+    assert not any("ProtectHome" in line for line in host.preflight("[]", "[]", "[]")["problems"])
     monkeypatch.setattr(sys, "base_prefix", "/run/user/1000/python")
-    assert any("ProtectHome" in line for line in host.preflight("[]", "[]")["problems"])
+    assert any("ProtectHome" in line for line in host.preflight("[]", "[]", "[]")["problems"])
 
 
 def test_a_device_is_used_by_mounts_swap_and_processes_of_whatever_namespace(

@@ -1,6 +1,7 @@
 """What the role asks of a host, each in one step; prints JSON.
 
-host.py preflight DEVICES DIRECTORIES   {"python": version, "problems": [line, ...]}
+host.py preflight DEVICES DIRECTORIES OPTIONS
+                                        {"python": version, "problems": [line, ...]}
 host.py patience                        for how many seconds I/O can wait on each device: the least
                                         dead_timeout; 0 when the service does not say
 host.py online SECONDS DISKS WHICH      waits for the disks: [line, ...] about those not online;
@@ -11,13 +12,14 @@ host.py users DEVICE                    what uses one device: [line, ...]
 host.py releases                        what runs: {release: [process, ...]}
 host.py old CURRENT KEPT                releases that can go: [path, ...]
 
-DEVICES, DIRECTORIES, DISKS and KEPT are JSON lists. KEPT: names of disks that stay.
+DEVICES, DIRECTORIES, OPTIONS, DISKS and KEPT are JSON lists. KEPT: names of disks that stay.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -25,16 +27,18 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 BLOCK = Path("/sys/block")
 CLIENT = Path("/opt/nbd-reactor/current/bin/nbd-reactorctl")
 CONFIG = Path("/etc/nbd-reactor/disks.yaml")
+CORES = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 FINDFS = "/sbin/findfs"
 FSTAB = Path("/etc/fstab")
 IMAGES = Path("/var/lib/nbd-reactor")  # the unit's StateDirectory=
+MASK = re.compile(r"0x[0-9a-f]+", re.IGNORECASE)
 MEMORY = Path("/dev/shm")
 NAMES = Path("/dev/disk/by-nbd")
 NO_DEVICE_SECONDS = 600  # nothing waits
@@ -56,7 +60,7 @@ PYTHON = Path("/opt/nbd-reactor/current/bin/python")  # has the module yaml, as 
 RELEASES = Path("/opt/nbd-reactor/releases")
 
 
-def preflight(devices: str, directories: str) -> dict[str, object]:
+def preflight(devices: str, directories: str, options: str) -> dict[str, object]:
     """Return Python's version, and a line for each reason why the host cannot have it."""
     problems = []
     version = platform.python_version()
@@ -78,6 +82,7 @@ def preflight(devices: str, directories: str) -> dict[str, object]:
             f"linux-modules-extra-{platform.release()}, Fedora: kernel-modules-extra), or reboot if"
             " the kernel was upgraded"
         )
+    problems += missing_cores([*map(str, json.loads(options))])
     for name in (Path(device).name for device in json.loads(devices)):
         if is_attached(name) and not is_ours(name):
             tag = owner(name) or "another program"
@@ -100,6 +105,32 @@ def preflight(devices: str, directories: str) -> dict[str, object]:
         if (real := os.path.realpath(directory)) != directory
     ]
     return {"python": version, "problems": problems}
+
+
+def missing_cores(options: list[str]) -> list[str]:
+    """Return a line for each --cores with one that `nbd-reactor --check` will not find here."""
+    usable = os.sched_getaffinity(0)
+    problems = []
+    for text in re.findall(r"(?:^| )--cores[= ](\S+)", " ".join(options)):
+        core = next((core for core in cores(text) if core not in usable), None)
+        if core is not None:
+            problems.append(
+                f"--cores={text}: core {core} is not online, or not allowed for this process"
+                f" ({', '.join(map(str, sorted(usable)))} are): name others in nbd_reactor_options"
+            )
+    return problems
+
+
+def cores(text: str) -> Iterable[int]:
+    """Return the cores that the text lists; none where it is no list, as of what means all."""
+    if MASK.fullmatch(text):
+        mask = int(text, 16)
+        return (core for core in range(mask.bit_length()) if mask >> core & 1)
+    parts = [part for part in map(CORES.fullmatch, text.split(",")) if part]
+    if len(parts) <= text.count(","):
+        return ()
+    ranges = (range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts)
+    return itertools.chain.from_iterable(ranges)
 
 
 def late_mount(directory: Path) -> str:
