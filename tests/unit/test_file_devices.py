@@ -240,6 +240,18 @@ def test_a_device_is_shown_whole_or_in_part(tmp_path: Path, device: Device, open
     assert disk.disk.size == MIB
 
 
+def test_an_empty_device_is_refused_until_it_has_a_medium(
+    tmp_path: Path, device: Device, opened: Open
+) -> None:
+    path = device(tmp_path / "backing", 0)
+    assert problem(opened, path) == (errno.EINVAL, "is empty")
+    text = f"has only 0 bytes, not {MIB}"
+    assert problem(opened, path, size=MIB) == (errno.ENOSPC, text)
+    os.truncate(tmp_path / "backing", MIB)
+    run("losetup", "--set-capacity", str(path))
+    assert opened(path).disk.size == MIB
+
+
 def test_a_device_that_grew_can_be_shown_whole(
     tmp_path: Path, device: Device, opened: Open
 ) -> None:
