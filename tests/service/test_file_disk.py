@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import stat
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -64,3 +66,17 @@ def test_a_deleted_file_removes_its_disk_and_no_other(service: Start, tmp_path: 
     running.await_state("a", "removed")
     assert running.await_line("is removed:").endswith(f"{tmp_path}/image was deleted")
     nbdsh(f"nbd+unix:///?socket={tmp_path}/b.sock", "h.pread(4096, 0)")
+
+
+def test_the_umask_lets_others_at_the_sockets_of_disks_alone(
+    service: Start, tmp_path: Path
+) -> None:
+    umask = os.umask(0o007)
+    try:
+        running = service(config(tmp_path))
+    finally:
+        os.umask(umask)
+    made = [tmp_path / "image", tmp_path / "a.sock", *running.runtime_dir.iterdir()]
+    assert running.rpc_socket in made
+    opened = [path for path in made if stat.S_IMODE(path.stat().st_mode) & 0o077]
+    assert opened == [tmp_path / "a.sock"]
