@@ -58,8 +58,7 @@ class DiskControl:
         self.settled = False
         self._host = host
         self._former = {core: workers.get(core) for core in wish.former}
-        self._hot = wish.hot
-        self._known = known
+        self._hot, self._known = wish.hot, known
         self._saved: Wish | None = None  # what was last kept
         if wish.hot and wish.desired == "online":
             self.failure = ReactorError("its storage was removed")
@@ -68,7 +67,7 @@ class DiskControl:
         clock = host.platform.reactor.clock
         shares = {core: Share(workers[core], clock) for core in placement.cores}
         homes = [shares[core] for core in placement.connections]
-        self._shares = Shares(self._errand, spec, list(shares.values()), self._on_failed)
+        self._shares = Shares(self._errand, clock, spec, list(shares.values()), self._on_failed)
         self._link = DeviceLink(host.platform, self._errand, homes, self._on_link_failed)
         self._waiting = Waiting(clock)
         self._answers = Answers(spec.name)
@@ -337,6 +336,7 @@ class DiskControl:
         astray = device is not None and self.spec.device not in ("auto", device.path)
         if not astray:
             link.stay()
+        shares.take_back_next(idle=self.settled)
         shares.give_up_failed()
         shares.open_next(self.spec, self._made, self._patience)
         if self._errand.busy() or self.failure is not None:

@@ -18,7 +18,7 @@ from reactor.messages import Message
 from reactor.spec import Address, DiskSpec
 
 OPEN_SECONDS: Final = 60.0
-REST_SECONDS: Final = 10.0  # of a worker that lacks what it needs to open the disk
+REST_SECONDS: Final = 60.0  # until one that lacked what it takes to open the disk is tried again
 REMOVE_SECONDS: Final = 15.0
 DRAIN_SECONDS: Final = 10.0
 LET_GO_SECONDS: Final = 15.0  # until a worker has drained a disk and closed it
@@ -42,9 +42,9 @@ class Share:
     def __init__(self, worker: WorkerProcess, clock: Callable[[], int]) -> None:
         self.worker = worker
         self.given_up = ""  # why the disk does without it
-        self.waiting = Waiting(clock)  # for what it lacks to open the disk
-        self._clock = clock
-        self._rests_until_ns = 0
+        self.again_ns = 0  # ... and when it is tried again; 0: when the disk is started again
+        self.tried_ns = 0  # when it was last told to open it
+        self.waiting = Waiting(clock)  # for what it lacks to do so
         self.opened = False  # it has the disk open
         self.size = 0  # bytes of the disk, as it last told
         self.members: list[int] | None = None  # it leads, and gives clients to these cores
@@ -53,17 +53,9 @@ class Share:
         self.unheard = ""  # why it leads, and clients find nobody at one of its addresses
         self.statistics: dict[str, int] = {}
 
-    @property
-    def may_open(self) -> bool:
-        """Whether it can be told to open the disk now."""
-        return self.worker.takes_disks and self._clock() >= self._rests_until_ns
-
-    def bears(self, error: Exception, seconds: float) -> bool:
-        """Note that it could not open the disk; whether it is to try again, after a rest."""
-        bears = self.waiting.bears(error, seconds)
-        if bears:
-            self._rests_until_ns = self._clock() + int(REST_SECONDS * 1e9)
-        return bears
+    def take_back(self) -> None:
+        """Have it take part again."""
+        self.given_up, self.again_ns = "", 0
 
     def found(self, report: Mapping[str, Any]) -> None:
         """Note what the worker says that it has."""
@@ -75,7 +67,6 @@ class Share:
 
     def close(self) -> None:
         """Note that the worker has nothing of the disk any more."""
-        self._rests_until_ns = 0
         self.waiting.end()
         self.opened = False
         self.size = 0
@@ -96,6 +87,7 @@ class Shares:
     def __init__(
         self,
         errand: Errand,
+        clock: Callable[[], int],
         spec: DiskSpec,
         shares: Sequence[Share],
         on_failed: Callable[[Exception], None],
@@ -105,6 +97,7 @@ class Shares:
         self.geometry = Geometry()
         self.has_storage = self._had_storage = False  # a worker has opened the disk, or may have
         self._errand = errand
+        self._clock = clock
         self._disk = spec.name
         self._all = shares
         self._patience = OPEN_SECONDS  # with a worker that lacks something
@@ -191,10 +184,11 @@ class Shares:
 
     def shortcoming(self) -> str:
         """Return what is missing while the disk is served, if anything."""
-        closed = self.closed
-        if self.opened and closed:
-            lacking = next((f": {s.waiting.reason}" for s in closed if s.waiting.reason), "")
-            return f"served without core {', '.join(str(s.worker.core) for s in closed)}{lacking}"
+        missing = [share for share in self._all if not share.opened]
+        if self.opened and missing:
+            cores = ", ".join(str(share.worker.core) for share in missing)
+            why = next((f": {share.given_up}" for share in missing if share.given_up), "")
+            return f"served without core {cores}{why}"
         unheard = next((share.unheard for share in self._all if share.unheard), "")
         return f"not served everywhere: {unheard}" if unheard else ""
 
@@ -208,9 +202,18 @@ class Shares:
     def forgive(self) -> None:
         """Let everyone take part again."""
         for share in self._all:
-            share.given_up = ""
+            share.take_back()
+            share.waiting.end()
 
     # --- what is done ---
+
+    def take_back_next(self, *, idle: bool) -> None:
+        """Have the next one take part again that has had its rest, if the disk is `idle`."""
+        now = self._clock()
+        rested = (share for share in self._all if 0 < share.again_ns <= now)
+        share = next((share for share in rested if share.worker.takes_disks), None)
+        if share is not None and idle:  # for what else is to be done it would be in the way
+            share.take_back()
 
     def give_up_failed(self) -> None:
         """Do without the workers that keep dying."""
@@ -224,7 +227,7 @@ class Shares:
         `least`: bytes that its storage must have; 0: it may be made. `within` so many seconds.
         """
         core, *members = self.cores
-        running = [share for share in self.closed if share.may_open]
+        running = [share for share in self.closed if share.worker.takes_disks]
         if not running:
             return
         # Who is to lead waits until the one that did listens no more. Else those that hang wait.
@@ -233,10 +236,11 @@ class Shares:
             key=lambda share: (
                 share.opened and share.worker.core == core,
                 not share.worker.healthy,
+                share.tried_ns,
             ),
         )
         leads = share.worker.core == core
-        self._patience = within
+        self._patience, share.tried_ns = within, self._clock()
         self._had_storage, self.has_storage = self.has_storage, True  # should it never answer
         listen = self.listen if leads else ()
         share.unheard = ""  # it says so anew
@@ -398,36 +402,39 @@ class Shares:
 
     def _leader(self) -> Share:
         """Return the first that takes part; while it opens the disk, the one that leads now."""
-        taking_part = self._taking_part() or self._all
-        shares = [share for share in taking_part if not share.waiting.reason] or taking_part
+        shares = self._taking_part() or self._all
         if shares[0].opened:
             return shares[0]
         return next((share for share in shares if share.members is not None), shares[0])
 
     def _not_opened(self, share: Share, error: Exception) -> None:
-        alone = self._taking_part() == [share]
-        waits = not alone and share.bears(error, self._patience)  # so that others have their turn
+        rests = share.waiting.bears(error, self._patience)
         if not self.opened:
             self.has_storage = self._had_storage
-            self._on_failed(error)
-        elif waits:
-            message = "disk %s waits at core %d: %s"
-            log.warning(message, self._disk, share.worker.core, reason(error))
+        if self.opened or rests:
+            self._give_up(share, error, rests=rests)
         else:
-            self._give_up(share, error)
+            self._on_failed(error)
 
     def _follows(self, share: Share) -> bool:
         return share is not self._leader()
 
-    def _give_up(self, share: Share, error: Exception) -> None:
-        """Do without a worker, if there is another one."""
+    def _give_up(self, share: Share, error: Exception, *, rests: bool = False) -> None:
+        """Do without a worker, if there is another one; for a while, if it `rests`."""
         if self._taking_part() == [share]:
-            self._on_failed(error)
-            return
+            resting = [other for other in self._all if other.again_ns]
+            for other in resting:
+                other.take_back()
+            if rests or not resting:  # then all are tried anew, if that may be
+                self._on_failed(error)
+                return
         share.given_up = reason(error)
+        share.again_ns = self._clock() + int(REST_SECONDS * 1e9) if rests else 0
         log.warning(
-            "disk %s does without core %d until it is started again, the others serve it: %s",
-            *(self._disk, share.worker.core, share.given_up),
+            "disk %s does without core %d %s, the others serve it: %s",
+            *(self._disk, share.worker.core),
+            "for now" if rests else "until it is started again",
+            share.given_up,
         )
 
     def _stop(self, shares: Sequence[Share], seconds: float = LET_GO_SECONDS) -> None:
@@ -460,8 +467,8 @@ class Shares:
             worker.kill(why)
         elif share.opened:  # it serves on, but for its clients; it is told again
             log.warning("disk %s: %s", self._disk, why)
-        elif self._taking_part() != [share]:
-            self._give_up(share, DeviceError(errno.ETIMEDOUT, why))
+        elif self.opened or (share.worker.is_silent and self._taking_part() != [share]):
+            self._give_up(share, DeviceError(errno.ETIMEDOUT, why), rests=not self.opened)
             self._stop([share])  # it may yet open it
         else:
             share.opened = True  # it may yet do so: have it stopped

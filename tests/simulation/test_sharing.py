@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from reactor.control.shares import REST_SECONDS
 from reactor.spec import DiskSpec
-from tests.simulation.hosts import Hosts
+from tests.simulation.hosts import MIB, Hosts
 from tests.simulation.worker import ServedDisk, Worker
 
 ONLINE = dict.fromkeys(("stays", "moves", "plain", "wide"), "online")
@@ -44,34 +46,88 @@ def all_serve(hosts: Hosts) -> bool:
 def test_one_that_lacks_memory_for_a_while_takes_part_again(hosts: Hosts) -> None:
     hosts.host.faults.short = ("no memory to open a disk",)
     hosts.worker(1).send_signal(signal.SIGKILL)
-    hosts.let_pass(30)
-    assert hosts.reasons()["wide"] == f"served without core 1: {NO_MEMORY}"
+    hosts.let_pass(10)
+    lacking = f"served without core 1: {NO_MEMORY}"
+    assert (hosts.states()["wide"], hosts.reasons()["wide"]) == ("online", lacking)
+    hosts.let_pass(500)
     hosts.host.faults.end()
-    hosts.await_states(**ONLINE)
+    hosts.let_pass(REST_SECONDS + 20)
     assert all_serve(hosts)
+    assert not hosts.reasons()["wide"]
+    assert hosts.states() == {**ONLINE, "plain": "failed"}  # nobody has a device of that
+
+
+def test_one_that_lacks_memory_for_long_is_done_without_until_a_start(hosts: Hosts) -> None:
+    for name in ("moves", "plain"):  # which fail meanwhile
+        next(a for a in hosts.applications if a.disk == name).finish()
+    hosts.host.faults.short = ("no memory to open a disk",)
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.let_pass(650)
+    hosts.host.faults.end()
+    hosts.let_pass(120)
+    assert hosts.reasons()["wide"] == f"served without core 1: {NO_MEMORY}"
+    assert hosts.service.controller is not None
+    hosts.service.controller.start("wide", lambda _: None)
+    hosts.await_true(lambda: all_serve(hosts))
+
+
+def short_at(*cores: int) -> Callable[..., None]:
+    """Return what opens a disk but on the cores, where memory lacks."""
+    open_it = ServedDisk.__init__
+
+    def open_elsewhere(disk: ServedDisk, worker: Worker, spec: DiskSpec, **rest: Any) -> None:
+        if worker.process.core in cores:
+            raise OSError(errno.ENOMEM, NO_MEMORY)
+        open_it(disk, worker, spec, **rest)
+
+    return open_elsewhere
 
 
 def test_the_other_has_its_turn_while_one_lacks_memory(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_it = ServedDisk.__init__
-
-    def open_on_core_1(disk: ServedDisk, worker: Worker, spec: DiskSpec, **rest: Any) -> None:
-        if worker.process.core == 0:
-            raise OSError(errno.ENOMEM, NO_MEMORY)
-        open_it(disk, worker, spec, **rest)
-
     with monkeypatch.context() as short:
-        short.setattr(ServedDisk, "__init__", open_on_core_1)
+        short.setattr(ServedDisk, "__init__", short_at(0))
         for core in (0, 1):
             hosts.worker(core).send_signal(signal.SIGKILL)
         hosts.let_pass(20)
         assert hosts.reasons()["wide"] == f"served without core 0: {NO_MEMORY}"
         assert disks_of(hosts, 1)["wide"].leads
-    hosts.await_states(**ONLINE)
+    hosts.let_pass(REST_SECONDS + 20)
     assert all_serve(hosts)
     assert disks_of(hosts, 0)["wide"].leads
+    assert hosts.states() == ONLINE
     assert not disks_of(hosts, 1)["wide"].leads
+
+
+@pytest.mark.parametrize("seconds", [300, 590, 603, 610])  # around the end of its patience
+def test_one_that_dies_while_the_other_lacks_memory_is_followed_by_one_that_serves(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    next(a for a in hosts.applications if a.disk == "stays").finish()
+    monkeypatch.setattr(ServedDisk, "__init__", short_at(0))
+    hosts.worker(0).send_signal(signal.SIGKILL)
+    hosts.let_pass(seconds)
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.let_pass(20)
+    assert disks_of(hosts, 1)["wide"].leads
+    assert hosts.states()["wide"] == "online"
+
+
+def test_a_disk_starts_where_there_is_memory(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts.finish_applications()
+    controller = hosts.service.controller
+    assert controller is not None
+    controller.stop("wide", lambda _: None)
+    hosts.await_true(lambda: hosts.states()["wide"] == "stopped")
+    monkeypatch.setattr(ServedDisk, "__init__", short_at(0))
+    answers: list[Exception | None] = []
+    controller.start("wide", answers.append)
+    hosts.let_pass(15)
+    assert answers == [None]
+    controller.resize("wide", 2 * MIB, answers.append)
+    hosts.let_pass(5)
+    assert answers == [None, None]
 
 
 def disks_of(hosts: Hosts, core: int) -> dict[str, ServedDisk]:
