@@ -336,9 +336,8 @@ class DiskControl:
         astray = device is not None and self.spec.device not in ("auto", device.path)
         if not astray:
             link.stay()
-        shares.take_back_next(idle=self.settled)
         shares.give_up_failed()
-        shares.open_next(self.spec, self._made, self._patience)
+        shares.open_next(self.spec, self._made, self._patience, idle=self.settled)
         if self._errand.busy() or self.failure is not None:
             return
         if resize is None:

@@ -19,6 +19,7 @@ from reactor.spec import Address, DiskSpec
 
 OPEN_SECONDS: Final = 60.0
 REST_SECONDS: Final = 60.0  # until one that lacked what it takes to open the disk is tried again
+TURN_SECONDS: Final = 10.0  # ... where nobody has it open: in which others have their turn
 REMOVE_SECONDS: Final = 15.0
 DRAIN_SECONDS: Final = 10.0
 LET_GO_SECONDS: Final = 15.0  # until a worker has drained a disk and closed it
@@ -207,25 +208,22 @@ class Shares:
 
     # --- what is done ---
 
-    def take_back_next(self, *, idle: bool) -> None:
-        """Have the next one take part again that has had its rest, if the disk is `idle`."""
-        now = self._clock()
-        rested = (share for share in self._all if 0 < share.again_ns <= now)
-        share = next((share for share in rested if share.worker.takes_disks), None)
-        if share is not None and idle:  # for what else is to be done it would be in the way
-            share.take_back()
-
     def give_up_failed(self) -> None:
         """Do without the workers that keep dying."""
         for share in self._taking_part():
             if share.worker.state == "failed":
                 self._give_up(share, ReactorError(share.worker.failure))
 
-    def open_next(self, spec: DiskSpec, least: int, within: float = OPEN_SECONDS) -> None:
+    def open_next(
+        self, spec: DiskSpec, least: int, within: float = OPEN_SECONDS, *, idle: bool = False
+    ) -> None:
         """Have the disk opened by the first that has yet to and whose worker runs, if any.
 
         `least`: bytes that its storage must have; 0: it may be made. `within` so many seconds.
+        `idle`: nothing else is to be done, for which one that lacked something is in the way.
         """
+        if idle or not self.opened:
+            self._take_back_next()
         core, *members = self.cores
         running = [share for share in self.closed if share.worker.takes_disks]
         if not running:
@@ -341,7 +339,7 @@ class Shares:
 
         But those that are opening it themselves only after a while: that may take its time.
         """
-        if not any(share.worker.healthy for share in self.closed):
+        if not any(share.worker.healthy for share in [*self.closed, *self._resting]):
             return
         for share in self._taking_part():
             if not (self._errand.needs(share.worker) and share.worker.is_silent):
@@ -397,8 +395,31 @@ class Shares:
             size, block_size, flags = (told[key] for key in ("size", "block_size", "flags"))
             self.geometry = Geometry(size, block_size, flags)
 
+    @property
+    def _resting(self) -> list[Share]:
+        """Those that are done without for now."""
+        return [share for share in self._all if share.again_ns]
+
+    def _take_back_next(self) -> None:
+        """Have the next one take part again that has had its rest."""
+        now = self._clock()
+        for share in self._resting:
+            if share.again_ns <= now and share.worker.takes_disks and share.worker.healthy:
+                share.take_back()
+                return
+
+    def _take_back_all(self) -> bool:
+        """Have all that rest take part again; returns whether there are any."""
+        resting = self._resting
+        for share in resting:
+            share.take_back()
+        return bool(resting)
+
     def _taking_part(self) -> list[Share]:
         return [share for share in self._all if not share.given_up]
+
+    def _others_take_part(self, share: Share) -> bool:
+        return self._take_back_all() or self._taking_part() != [share]
 
     def _leader(self) -> Share:
         """Return the first that takes part; while it opens the disk, the one that leads now."""
@@ -422,14 +443,13 @@ class Shares:
     def _give_up(self, share: Share, error: Exception, *, rests: bool = False) -> None:
         """Do without a worker, if there is another one; for a while, if it `rests`."""
         if self._taking_part() == [share]:
-            resting = [other for other in self._all if other.again_ns]
-            for other in resting:
-                other.take_back()
-            if rests or not resting:  # then all are tried anew, if that may be
+            others = self._take_back_all()
+            if rests or not others:  # then all are tried anew, if that may be
                 self._on_failed(error)
                 return
         share.given_up = reason(error)
-        share.again_ns = self._clock() + int(REST_SECONDS * 1e9) if rests else 0
+        seconds = REST_SECONDS if self.opened else TURN_SECONDS
+        share.again_ns = self._clock() + int(seconds * 1e9) if rests else 0
         log.warning(
             "disk %s does without core %d %s, the others serve it: %s",
             *(self._disk, share.worker.core),
@@ -467,7 +487,7 @@ class Shares:
             worker.kill(why)
         elif share.opened:  # it serves on, but for its clients; it is told again
             log.warning("disk %s: %s", self._disk, why)
-        elif self.opened or (share.worker.is_silent and self._taking_part() != [share]):
+        elif self.opened or (share.worker.is_silent and self._others_take_part(share)):
             self._give_up(share, DeviceError(errno.ETIMEDOUT, why), rests=not self.opened)
             self._stop([share])  # it may yet open it
         else:

@@ -13,6 +13,8 @@ import pytest
 from reactor.control.shares import REST_SECONDS
 from reactor.spec import DiskSpec
 from tests.simulation.hosts import MIB, Hosts
+from tests.simulation.platform import SimulatedPlatform
+from tests.simulation.processes import WorkerProcess
 from tests.simulation.worker import ServedDisk, Worker
 
 ONLINE = dict.fromkeys(("stays", "moves", "plain", "wide"), "online")
@@ -128,6 +130,45 @@ def test_a_disk_starts_where_there_is_memory(hosts: Hosts, monkeypatch: pytest.M
     controller.resize("wide", 2 * MIB, answers.append)
     hosts.let_pass(5)
     assert answers == [None, None]
+
+
+def lose_both(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill both workers; for 12 s core 0 lacks memory, and that of core 1 cannot be started."""
+    launch = SimulatedPlatform.launch
+
+    def launch_at_0(platform: SimulatedPlatform, core: int) -> WorkerProcess:
+        if core == 1:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return launch(platform, core)
+
+    monkeypatch.setattr(SimulatedPlatform, "launch", launch_at_0)
+    for core in (0, 1):
+        hosts.worker(core).send_signal(signal.SIGKILL)
+    with monkeypatch.context() as short:
+        short.setattr(ServedDisk, "__init__", short_at(0))
+        hosts.let_pass(12)
+
+
+def test_who_rested_serves_where_the_other_cannot_be_started(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_both(hosts, monkeypatch)
+    hosts.let_pass(30)
+    assert disks_of(hosts, 0)["wide"].leads
+    assert hosts.reasons()["wide"] == "served without core 1"
+
+
+def test_who_rested_writes_back_where_the_other_cannot_be_started(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = hosts.service.controller
+    assert controller is not None
+    hosts.finish_applications()
+    answers: list[Exception | None] = []
+    hosts.world.after(0.1, lambda: controller.stop("wide", answers.append))
+    lose_both(hosts, monkeypatch)
+    hosts.let_pass(60)
+    assert answers == [None]
 
 
 def disks_of(hosts: Hosts, core: int) -> dict[str, ServedDisk]:
