@@ -339,16 +339,15 @@ class Shares:
 
         But those that are opening it themselves only after a while: that may take its time.
         """
-        if not any(share.worker.healthy for share in [*self.closed, *self._resting]):
-            return
+        waits = any(share.worker.healthy for share in self.closed)
         for share in self._taking_part():
             if not (self._errand.needs(share.worker) and share.worker.is_silent):
                 continue
-            if share.opened:
+            if not share.opened and (waits or any(s.worker.healthy for s in self._resting)):
+                self._errand.hurry(MEDIUM_SECONDS)
+            elif share.opened and waits:
                 why = f"disk {self._disk} waits for its answer, and another worker for the disk"
                 share.worker.kill(why)
-            else:
-                self._errand.hurry(MEDIUM_SECONDS)
 
     def answered(self, share: Share, message: Message) -> None:
         """Take what may be the answer to a command."""
@@ -408,18 +407,14 @@ class Shares:
                 share.take_back()
                 return
 
-    def _take_back_all(self) -> bool:
-        """Have all that rest take part again; returns whether there are any."""
-        resting = self._resting
-        for share in resting:
-            share.take_back()
-        return bool(resting)
-
     def _taking_part(self) -> list[Share]:
         return [share for share in self._all if not share.given_up]
 
-    def _others_take_part(self, share: Share) -> bool:
-        return self._take_back_all() or self._taking_part() != [share]
+    def _find_others(self, share: Share) -> bool:
+        """Have all that rest take part again; returns whether anyone but `share` takes part."""
+        for resting in self._resting:
+            resting.take_back()
+        return self._taking_part() != [share]
 
     def _leader(self) -> Share:
         """Return the first that takes part; while it opens the disk, the one that leads now."""
@@ -443,7 +438,7 @@ class Shares:
     def _give_up(self, share: Share, error: Exception, *, rests: bool = False) -> None:
         """Do without a worker, if there is another one; for a while, if it `rests`."""
         if self._taking_part() == [share]:
-            others = self._take_back_all()
+            others = self._find_others(share)
             if rests or not others:  # then all are tried anew, if that may be
                 self._on_failed(error)
                 return
@@ -487,7 +482,7 @@ class Shares:
             worker.kill(why)
         elif share.opened:  # it serves on, but for its clients; it is told again
             log.warning("disk %s: %s", self._disk, why)
-        elif self.opened or (share.worker.is_silent and self._others_take_part(share)):
+        elif self.opened or (share.worker.is_silent and self._find_others(share)):
             self._give_up(share, DeviceError(errno.ETIMEDOUT, why), rests=not self.opened)
             self._stop([share])  # it may yet open it
         else:
