@@ -27,7 +27,7 @@ def check_new(spec: DiskSpec, disks: Mapping[str, DiskControl]) -> None:
 
 def patience(disks: Mapping[str, DiskControl], worker: WorkerProcess) -> float:
     """Return for how many seconds who uses a device waits for the worker."""
-    used = (disk for disk in disks.values() if disk.path is not None and disk.failure is None)
+    used = (disk for disk in disks.values() if disk.path is not None)
     shares = ((disk, disk.share(worker)) for disk in used)
     awaited = (d for d, share in shares if share and (share.again_ns or not share.given_up))
     return max((disk.spec.dead_timeout for disk in awaited), default=0.0)
