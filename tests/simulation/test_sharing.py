@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from reactor.control.controller import Controller
 from reactor.control.shares import REST_SECONDS
 from reactor.spec import DiskSpec
 from tests.simulation.hosts import MIB, Hosts
@@ -21,9 +22,8 @@ ONLINE = dict.fromkeys(("stays", "moves", "plain", "wide"), "online")
 NO_MEMORY = os.strerror(errno.ENOMEM)
 
 
-def test_one_that_never_answers_fails_nobody(hosts: Hosts) -> None:
-    controller, serving = hosts.service.controller, hosts.worker(0)
-    assert controller is not None
+def test_one_that_never_answers_fails_nobody(hosts: Hosts, controller: Controller) -> None:
+    serving = hosts.worker(0)
     assert serving.worker is not None
     wide = serving.worker.disks["wide"]
     hosts.worker(1).send_signal(signal.SIGKILL)
@@ -59,7 +59,9 @@ def test_one_that_lacks_memory_for_a_while_takes_part_again(hosts: Hosts) -> Non
     assert hosts.states() == {**ONLINE, "plain": "failed"}  # nobody has a device of that
 
 
-def test_one_that_lacks_memory_for_long_is_done_without_until_a_start(hosts: Hosts) -> None:
+def test_one_that_lacks_memory_for_long_is_done_without_until_a_start(
+    hosts: Hosts, controller: Controller
+) -> None:
     for name in ("moves", "plain"):  # which fail meanwhile
         next(a for a in hosts.applications if a.disk == name).finish()
     hosts.host.faults.short = ("no memory to open a disk",)
@@ -68,17 +70,16 @@ def test_one_that_lacks_memory_for_long_is_done_without_until_a_start(hosts: Hos
     hosts.host.faults.end()
     hosts.let_pass(120)
     assert hosts.reasons()["wide"] == f"served without core 1: {NO_MEMORY}"
-    assert hosts.service.controller is not None
-    hosts.service.controller.start("wide", lambda _: None)
+    controller.start("wide", lambda _: None)
     hosts.await_true(lambda: all_serve(hosts))
 
 
-def short_at(*cores: int) -> Callable[..., None]:
-    """Return what opens a disk but on the cores, where memory lacks."""
+def short_at(core: int) -> Callable[..., None]:
+    """Return what opens a disk but on the core, where memory lacks."""
     open_it = ServedDisk.__init__
 
     def open_elsewhere(disk: ServedDisk, worker: Worker, spec: DiskSpec, **rest: Any) -> None:
-        if worker.process.core in cores:
+        if worker.process.core == core:
             raise OSError(errno.ENOMEM, NO_MEMORY)
         open_it(disk, worker, spec, **rest)
 
@@ -116,10 +117,10 @@ def test_one_that_dies_while_the_other_lacks_memory_is_followed_by_one_that_serv
     assert hosts.states()["wide"] == "online"
 
 
-def test_a_disk_starts_where_there_is_memory(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_starts_where_there_is_memory(
+    hosts: Hosts, controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hosts.finish_applications()
-    controller = hosts.service.controller
-    assert controller is not None
     controller.stop("wide", lambda _: None)
     hosts.await_true(lambda: hosts.states()["wide"] == "stopped")
     monkeypatch.setattr(ServedDisk, "__init__", short_at(0))
@@ -159,10 +160,8 @@ def test_who_rested_serves_where_the_other_cannot_be_started(
 
 
 def test_who_rested_writes_back_where_the_other_cannot_be_started(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+    hosts: Hosts, controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    controller = hosts.service.controller
-    assert controller is not None
     hosts.finish_applications()
     answers: list[Exception | None] = []
     hosts.world.after(0.1, lambda: controller.stop("wide", answers.append))
@@ -178,10 +177,8 @@ def disks_of(hosts: Hosts, core: int) -> dict[str, ServedDisk]:
 
 
 def test_a_medium_that_keeps_one_from_opening_it_keeps_not_the_other(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+    hosts: Hosts, controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    controller = hosts.service.controller
-    assert controller is not None
     hosts.worker(1).send_signal(signal.SIGKILL)
     hosts.await_true(lambda: controller.workers()[1].state == "starting")
     hosts.await_true(lambda: controller.workers()[1].state == "running")
