@@ -164,9 +164,11 @@ def give_workers_up_too_soon(patch: Patch) -> None:
 def open_within_seconds(patch: Patch) -> None:
     """A medium that hangs for longer fails the disk, whose device would wait."""
     open_next = Shares.open_next
-    patch.setattr(
-        Shares, "open_next", lambda self, spec, least, _=0.0: open_next(self, spec, least, 15.0)
-    )
+
+    def open_soon(self: Shares, spec: DiskSpec, least: int, _: float = 0.0, **how: bool) -> None:
+        open_next(self, spec, least, 15.0, **how)
+
+    patch.setattr(Shares, "open_next", open_soon)
 
 
 def take_devices_from_their_users(patch: Patch) -> None:
@@ -220,6 +222,9 @@ def test_a_bug_is_found(
 ) -> None:
     plant(monkeypatch)
     for seed in range(SEEDS):
-        if any(re.search(complaint, wrong) for wrong in Scenario(seed).run()):
+        violations = Scenario(seed).run()
+        misfits = [wrong for wrong in violations if "TypeError" in wrong]
+        assert not misfits, "what is put in no longer fits where it is put"
+        if any(re.search(complaint, wrong) for wrong in violations):
             return
     raise AssertionError(f"none of {SEEDS} seeds complains")
