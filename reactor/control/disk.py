@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Final
 
@@ -23,7 +23,8 @@ from reactor.control.link import DeviceLink
 from reactor.control.resize import Resize
 from reactor.control.saved import Desired, Wish
 from reactor.control.service import DiskState, DiskStatus, Done
-from reactor.control.shares import OPEN_SECONDS, Share, Shares
+from reactor.control.share import Share
+from reactor.control.shares import OPEN_SECONDS, Shares
 from reactor.control.waiting import Waiting
 from reactor.control.workers import WorkerProcess
 from reactor.errors import ReactorError, is_shortage, reason
@@ -193,15 +194,12 @@ class DiskControl:
 
     def status(self) -> DiskStatus:
         """Return what front ends show."""
-        geometry = self._shares.geometry
         return DiskStatus(
             spec=self.spec,
             state=self.state,
             reason=self._reason(),
             cores=self._shares.cores,
-            size=geometry.size,
-            block_size=geometry.block_size,
-            flags=geometry.flags,
+            **asdict(self._shares.geometry),
             device=self.path,
             statistics=self._shares.statistics(),
         )
@@ -215,7 +213,8 @@ class DiskControl:
         if self.rising:
             is_due = self.due > self._shares.geometry.size
             grows = f"has yet to grow to {self.due} bytes" if is_due else ""
-            return self._shares.shortcoming() or self._waiting.reason or self.obstacle or grows
+            causes = self._shares.shortcoming(), self._waiting.reason, self.obstacle, grows
+            return "; ".join(dict.fromkeys(filter(None, causes)))
         waits = self._is_unwritten() and not self._shares.opened
         return f"waits for a worker to write back {self.path}" if waits else ""
 
@@ -292,7 +291,7 @@ class DiskControl:
             return
         if self._errand.busy():
             if self.rising:
-                self._shares.kill_obstructing()
+                self._shares.pass_silent()
             else:
                 self._shares.kill_silent(self._host.let_go_seconds())
             return
@@ -400,7 +399,7 @@ class DiskControl:
             return
         if device is not None and not (stays and device.can_reconnect):
             self._let_go(device)
-        elif self._shares.opened:
+        elif self._shares.unclosed:
             self._shares.stop(self._host.let_go_seconds())
         else:
             keep_memory = keeps or self._host.is_succeeded(self)
@@ -486,6 +485,8 @@ class DiskControl:
         if self.settled:
             return
         self.settled = True
+        if self.desired == "stopped" and not self._hot:
+            self.failure = None  # nobody wants it online any more
         self._answer_attach(failure or self.path or OSError(errno.ENODEV, "the disk is stopped"))
         answers = self._answers.take(self.desired, failure, self._left)
         self._host.on_settled(self)

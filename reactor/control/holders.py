@@ -29,7 +29,7 @@ def patience(disks: Mapping[str, DiskControl], worker: WorkerProcess) -> float:
     """Return for how many seconds who uses a device waits for the worker."""
     used = (disk for disk in disks.values() if disk.path is not None)
     shares = ((disk, disk.share(worker)) for disk in used)
-    awaited = (d for d, share in shares if share and (share.again_ns or not share.given_up))
+    awaited = (d for d, share in shares if share and (share.rests or not share.given_up))
     return max((disk.spec.dead_timeout for disk in awaited), default=0.0)
 
 

@@ -11,7 +11,8 @@ from reactor.attach.device import Device
 from reactor.control.errand import Errand
 from reactor.control.freeing import DETACH_SECONDS, free
 from reactor.control.platform import Platform
-from reactor.control.shares import DRAIN_SECONDS, Geometry, Share
+from reactor.control.share import Share
+from reactor.control.shares import DRAIN_SECONDS, Geometry
 from reactor.control.slots import Delivery, Ends, Slot, drop, server, socket_pairs
 from reactor.control.tags import tag
 from reactor.control.workers import WorkerProcess
@@ -123,9 +124,8 @@ class DeviceLink:
             return
         for slot in self._slots:
             if slot.generation == generation and slot.share is not None:
-                log.warning(
-                    "device %s lost a connection to core %d", self.path, slot.share.worker.core
-                )
+                say = log.info if self._errand.awaits("stopped") else log.warning
+                say("device %s lost a connection to core %d", self.path, slot.share.worker.core)
                 self._lose(slot)
         if not self.usable:
             self._errand.connections_lost()

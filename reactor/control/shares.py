@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final
 
 from reactor.control.errand import Errand
-from reactor.control.waiting import Waiting
+from reactor.control.share import Share
 from reactor.control.workers import WorkerProcess
 from reactor.errors import DeviceError, ReactorError, reason
 from reactor.log import logger
@@ -18,8 +18,8 @@ from reactor.messages import Message
 from reactor.spec import Address, DiskSpec
 
 OPEN_SECONDS: Final = 60.0
-REST_SECONDS: Final = 60.0  # until one that lacked what it takes to open the disk is tried again
-TURN_SECONDS: Final = 10.0  # ... where nobody has it open: in which others have their turn
+REST_SECONDS: Final = 60.0  # from one try of who lacks what it takes to open the disk to the next
+TURN_SECONDS: Final = 15.0  # ... where nobody has it open: in which others have their turn
 REMOVE_SECONDS: Final = 15.0
 DRAIN_SECONDS: Final = 10.0
 LET_GO_SECONDS: Final = 15.0  # until a worker has drained a disk and closed it
@@ -35,47 +35,6 @@ class Geometry:
     size: int = 0
     block_size: int = 0
     flags: int = 0
-
-
-class Share:
-    """What one worker has of a disk."""
-
-    def __init__(self, worker: WorkerProcess, clock: Callable[[], int]) -> None:
-        self.worker = worker
-        self.given_up = ""  # why the disk does without it
-        self.again_ns = 0  # ... and when it is tried again; 0: when the disk is started again
-        self.tried_ns = 0  # when it was last told to open it
-        self.waiting = Waiting(clock)  # for what it lacks to do so
-        self.opened = False  # it has the disk open
-        self.size = 0  # bytes of the disk, as it last told
-        self.members: list[int] | None = None  # it leads, and gives clients to these cores
-        self.listen: tuple[Address, ...] = ()
-        self.refusing = False  # it refuses I/O
-        self.unheard = ""  # why it leads, and clients find nobody at one of its addresses
-        self.statistics: dict[str, int] = {}
-
-    def take_back(self) -> None:
-        """Have it take part again."""
-        self.given_up, self.again_ns = "", 0
-
-    def found(self, report: Mapping[str, Any]) -> None:
-        """Note what the worker says that it has."""
-        self.opened = True
-        self.size = report["size"]
-        self.members = report["members"] if report["leads"] else None
-        self.listen = DiskSpec.from_message(report["spec"]).listen
-        self.refusing = report["refusing"]
-
-    def close(self) -> None:
-        """Note that the worker has nothing of the disk any more."""
-        self.waiting.end()
-        self.opened = False
-        self.size = 0
-        self.members = None
-        self.listen = ()
-        self.refusing = False
-        self.unheard = ""
-        self.statistics = {}
 
 
 class Shares:
@@ -130,6 +89,11 @@ class Shares:
         return [share for share in self._all if share.opened]
 
     @property
+    def unclosed(self) -> list[Share]:
+        """Those that have the disk open, or may."""
+        return [share for share in self._all if share.opened or share.opening]
+
+    @property
     def closed(self) -> list[Share]:
         """Those that have yet to open the disk, or to lead as they should, or no longer."""
         members = list(self.cores[1:])
@@ -145,8 +109,7 @@ class Shares:
     @property
     def common_geometry(self) -> Geometry:
         """The geometry with no more blocks than everyone has, should a resize be half done."""
-        # 0: opened, perhaps, by a worker that has not answered
-        sizes = (share.size for share in self.opened if share.size)
+        sizes = (share.size for share in self.opened)
         return replace(self.geometry, size=min(sizes, default=self.geometry.size))
 
     @property
@@ -184,12 +147,16 @@ class Shares:
         return all(share.worker.state == "failed" for share in self._all)
 
     def shortcoming(self) -> str:
-        """Return what is missing while the disk is served, if anything."""
+        """Return what is missing of those that should have the disk open, if anything."""
         missing = [share for share in self._all if not share.opened]
-        if self.opened and missing:
+        lacks = next((share for share in missing if share.lack), None)
+        if missing and self.opened:
             cores = ", ".join(str(share.worker.core) for share in missing)
-            why = next((f": {share.given_up}" for share in missing if share.given_up), "")
-            return f"served without core {cores}{why}"
+            for_good = lacks is not None and lacks.given_up and not lacks.rests
+            served = f"served without core {cores}{' until it is started again' * bool(for_good)}"
+            return f"{served}: {lacks.lack}" if lacks is not None else served
+        if lacks is not None:
+            return lacks.lack
         unheard = next((share.unheard for share in self._all if share.unheard), "")
         return f"not served everywhere: {unheard}" if unheard else ""
 
@@ -238,7 +205,9 @@ class Shares:
             ),
         )
         leads = share.worker.core == core
-        self._patience, share.tried_ns = within, self._clock()
+        # What nobody waits for may take its time, as may what others serve meanwhile.
+        self._patience = max(within, spec.dead_timeout) if self.opened else within
+        share.tried_ns, share.opening = self._clock(), not share.opened
         self._had_storage, self.has_storage = self.has_storage, True  # should it never answer
         listen = self.listen if leads else ()
         share.unheard = ""  # it says so anew
@@ -247,7 +216,7 @@ class Shares:
 
         def started(_worker: WorkerProcess, message: Message) -> None:
             self._learn(message)
-            share.opened = True
+            share.opening, share.opened = False, True
             share.waiting.end()
             share.size = message["size"]
             share.members = members if leads else None
@@ -325,7 +294,7 @@ class Shares:
 
     def stop(self, seconds: float) -> None:
         """Have the disk drained and closed; after `seconds` its workers are killed."""
-        self._stop(self.opened, seconds)
+        self._stop(self.unclosed, seconds)
 
     def kill_silent(self, seconds: float) -> None:
         """Wait for `seconds` at the most, and end the workers that are silent meanwhile."""
@@ -334,17 +303,20 @@ class Shares:
             if self._errand.needs(share.worker) and share.worker.is_silent:
                 share.worker.kill(f"disk {self._disk} must stop and it does not answer")
 
-    def kill_obstructing(self) -> None:
-        """End the workers whose answer does not come while another waits to open the disk.
+    def pass_silent(self) -> None:
+        """Wait no longer for the answer of a worker that is silent while another could serve.
 
-        But those that are opening it themselves only after a while: that may take its time.
+        One that is opening the disk is done without until it answers. One that has it open is
+        ended, if another waits to open it.
         """
         waits = any(share.worker.healthy for share in self.closed)
         for share in self._taking_part():
             if not (self._errand.needs(share.worker) and share.worker.is_silent):
                 continue
-            if not share.opened and (waits or any(s.worker.healthy for s in self._resting)):
-                self._errand.hurry(MEDIUM_SECONDS)
+            if not share.opened and any(
+                other.worker.healthy and (other.rests or not other.given_up) for other in self._all
+            ):
+                self._errand.hurry(0)
             elif share.opened and waits:
                 why = f"disk {self._disk} waits for its answer, and another worker for the disk"
                 share.worker.kill(why)
@@ -356,6 +328,8 @@ class Shares:
             return
         command = self._errand.answered(share.worker, message)
         if command is None:
+            if share.opening and share.rests and message["type"] in ("started", "failed"):
+                share.take_back()  # it goes on: now it is told again
             return
         error = OSError(message["errno"], message["reason"])
         if command in ("stop", "release") or (command == "resize" and self._follows(share)):
@@ -397,13 +371,13 @@ class Shares:
     @property
     def _resting(self) -> list[Share]:
         """Those that are done without for now."""
-        return [share for share in self._all if share.again_ns]
+        return [share for share in self._all if share.rests]
 
     def _take_back_next(self) -> None:
         """Have the next one take part again that has had its rest."""
-        now = self._clock()
-        for share in self._resting:
-            if share.again_ns <= now and share.worker.takes_disks and share.worker.healthy:
+        since = self._clock() - int((REST_SECONDS if self.opened else TURN_SECONDS) * 1e9)
+        for share in sorted(self._resting, key=lambda share: share.tried_ns):
+            if share.tried_ns <= since and share.worker.takes_disks and share.worker.healthy:
                 share.take_back()
                 return
 
@@ -411,8 +385,11 @@ class Shares:
         return [share for share in self._all if not share.given_up]
 
     def _find_others(self, share: Share) -> bool:
-        """Have all that rest take part again; returns whether anyone but `share` takes part."""
-        for resting in self._resting:
+        """Have those that rest take part again; returns whether anyone but `share` takes part.
+
+        But those that answer nothing only if there are no others.
+        """
+        for resting in [s for s in self._resting if s.worker.healthy] or self._resting:
             resting.take_back()
         return self._taking_part() != [share]
 
@@ -424,6 +401,7 @@ class Shares:
         return next((share for share in shares if share.members is not None), shares[0])
 
     def _not_opened(self, share: Share, error: Exception) -> None:
+        share.opening = False
         rests = share.waiting.bears(error, self._patience)
         if not self.opened:
             self.has_storage = self._had_storage
@@ -442,11 +420,9 @@ class Shares:
             if rests or not others:  # then all are tried anew, if that may be
                 self._on_failed(error)
                 return
-        share.given_up = reason(error)
-        seconds = REST_SECONDS if self.opened else TURN_SECONDS
-        share.again_ns = self._clock() + int(seconds * 1e9) if rests else 0
+        share.given_up, share.rests = reason(error), rests
         log.warning(
-            "disk %s does without core %d %s, the others serve it: %s",
+            "disk %s does without core %d %s: %s",
             *(self._disk, share.worker.core),
             "for now" if rests else "until it is started again",
             share.given_up,
@@ -480,13 +456,18 @@ class Shares:
         if kind in ("stop", "remove", "resize"):
             # Whatever it still does to the disk must end before the disk can go on without it.
             worker.kill(why)
+            if not share.opened:
+                share.close()  # killed, it opens nothing any more
         elif share.opened:  # it serves on, but for its clients; it is told again
             log.warning("disk %s: %s", self._disk, why)
-        elif self.opened or (share.worker.is_silent and self._find_others(share)):
-            self._give_up(share, DeviceError(errno.ETIMEDOUT, why), rests=not self.opened)
+        elif share.worker.is_silent and (
+            self._taking_part() != [share] or self._find_others(share)
+        ):
+            self._give_up(share, DeviceError(errno.ETIMEDOUT, why), rests=True)
+        elif self.opened:
+            self._give_up(share, DeviceError(errno.ETIMEDOUT, why))
             self._stop([share])  # it may yet open it
         else:
-            share.opened = True  # it may yet do so: have it stopped
             self._on_failed(DeviceError(errno.ETIMEDOUT, why))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from reactor.control.platform import Platform
-from reactor.control.shares import Share
+from reactor.control.share import Share
 
 
 @dataclass(slots=True)

@@ -52,6 +52,7 @@ class Faults:
     def __init__(self, world: World) -> None:
         self._world = world
         self.short: Collection[str] = ()  # what strikes, as memory or descriptors are
+        self.short_core: int | None = None  # ... only in the worker of this one
         self.full = False  # where the state is saved
         self.rates = {
             kind: world.between(0, most) if world.chance(0.4) else 0.0
@@ -63,12 +64,14 @@ class Faults:
 
     def end(self) -> None:
         """Let nothing go wrong any more."""
-        self.short, self.full = (), False
+        self.short, self.short_core, self.full = (), None, False
         self.rates = dict.fromkeys(self.rates, 0.0)
 
-    def strikes(self, kind: str) -> bool:
-        """Whether this one does now."""
-        if kind in self.short or (self.full and kind == UNSAVEABLE):
+    def strikes(self, kind: str, core: int | None = None) -> bool:
+        """Whether this one does now; `core`: of the worker in which it would."""
+        if kind in self.short and self.short_core in (None, core):
+            return True
+        if self.full and kind == UNSAVEABLE:
             return True
         rate = self.rates[kind]
         return bool(rate) and self._world.chance(rate)
@@ -80,9 +83,9 @@ class Faults:
             return 0
         return 2 if self.strikes("a message comes twice") else 1
 
-    def check(self, kind: str, number: int) -> None:
+    def check(self, kind: str, number: int, core: int | None = None) -> None:
         """Raise OSError if this one strikes."""
-        if self.strikes(kind):
+        if self.strikes(kind, core):
             self._world.note("fault: %s", kind)
             raise error(number)
 

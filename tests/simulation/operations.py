@@ -222,7 +222,7 @@ class Operator:
         self.excuse(subject.name)
         done = self._begin(subject, "remove", removed)
         subject.expect_loss()
-        subject.ends.add("gone")
+        subject.ends |= {"gone", "removed"}  # the latter if a controller dies before it is saved
         self._service.controller.remove(subject.name, done)
 
     def _resize(self, subject: Subject) -> None:
@@ -339,7 +339,7 @@ class Operator:
         self._try_again()
         service.change(on_exit=world.random.choice(("keep", "disconnect")))
         service.change(strict=not self.tires and world.chance(0.5))
-        self._unread = False
+        self._unread = any(subject.refusable for subject in self.subjects.values())
         names = (spec.name for spec in service.config)
         self._taken = {n for n in names if n in self._taken or not self.subjects[n].refusable}
 

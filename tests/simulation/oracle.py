@@ -45,6 +45,7 @@ class Oracle:
             and all(worker.state in ("running", "failed") for worker in controller.workers())
             and not any(subject.asking for subject in self._operator.subjects.values())
             and not any(process.stopped for process in self._host.core_locks.values())
+            and not any(d._shares._resting for d in controller._disks.values() if d.rising)
         )
 
     def is_idle(self) -> bool:
@@ -114,7 +115,7 @@ class Oracle:
         if storage is None:
             self._world.violate(f"disk {subject.name} is online and has no storage")
             return
-        if disk.size > storage.size:
+        if disk.size > storage.size and disk.spec.backend != "null":  # which has what is shown
             self._world.violate(f"disk {subject.name} has {disk.size} bytes, its storage less")
         application = subject.application
         ledger = application.ledgers[str(storage)]

@@ -59,6 +59,8 @@ class WorkerProcess:
         self.was_stopped = False  # ever
         self.gone = False
         self.stopped = False
+        self._blocked = False  # it waits in the kernel for a medium, where no signal reaches it
+        self._pending: list[int] = []  # signals meanwhile
         self._ran_until = 0  # when it was last stopped
         self._to_end_since: int | None = None  # when it was last asked to drain and exit
         self.worker: Worker | None = None
@@ -93,13 +95,13 @@ class WorkerProcess:
             else:
                 self.exit(BOOT_FAILURE)
             return
-        if self.host.faults.strikes("a worker is short of memory"):
+        if self.host.faults.strikes("a worker is short of memory", self.core):
             self.exit(SHORTAGE)
             return
-        if self.host.faults.strikes("a worker cannot start"):
+        if self.host.faults.strikes("a worker cannot start", self.core):
             self.exit(BOOT_FAILURE)
             return
-        if self.host.faults.strikes("a worker dies as it boots"):
+        if self.host.faults.strikes("a worker dies as it boots", self.core):
             self.exit(-signal.SIGABRT)
             return
         self.host.core_locks[self.core] = self
@@ -141,7 +143,9 @@ class WorkerProcess:
         if not self.alive:
             return
         self.world.note("%s gets signal %d", self, number)
-        if number == signal.SIGKILL:
+        if self._blocked:
+            self._pending.append(number)
+        elif number == signal.SIGKILL:
             self.exit(-number)
         elif number == signal.SIGABRT:
             if not self.was_stopped and not self._drains_for_long():
@@ -161,7 +165,21 @@ class WorkerProcess:
 
     def waits_for_medium(self) -> bool:
         """Whether not even SIGKILL ends it."""
-        return self.has_hung_operation() and not self.gone and not self.alive
+        ends = self.has_hung_operation() and not self.gone and not self.alive
+        return ends or (self._blocked and self.alive)
+
+    def block(self) -> None:
+        """Have it wait for a medium."""
+        self.send_signal(signal.SIGSTOP)
+        self._blocked = True
+
+    def unblock(self) -> None:
+        """Have the medium answer."""
+        if self._blocked:
+            self._blocked = False
+            for number in [*self._pending, signal.SIGCONT]:
+                self.send_signal(number)
+            self._pending.clear()
 
     def has_hung_operation(self) -> bool:
         """Whether it has begun what the medium does not do."""

@@ -146,6 +146,7 @@ class Scenario:
             (self.service.die, 6),
             (self._kill_worker, 12),
             (self._stop_worker, 3),
+            (self._block_worker, 2),
             (self._pause_controller, 2),
             (self._remove_storage, 1),
             (self._lose_storage, 2),
@@ -175,6 +176,7 @@ class Scenario:
         self.operator.tires = True
         self.host.store.heal()
         for process in list(self.host.processes.values()):
+            process.unblock()
             if process.stopped and (process.worker is None or self.world.chance(0.5)):
                 process.send_signal(signal.SIGCONT)
 
@@ -201,6 +203,12 @@ class Scenario:
                 seconds = self.world.between(0.1, 20)
                 self.world.after(seconds, victim.send_signal, signal.SIGCONT)
 
+    def _block_worker(self) -> None:
+        victim = self._victim()
+        if victim is not None:
+            victim.block()
+            self.world.after(self.world.between(0.1, 40), victim.unblock)
+
     def _pause_controller(self) -> None:
         platform = self.service.platform
         if platform is not None and not platform.paused:
@@ -215,11 +223,16 @@ class Scenario:
         self.host.crash(keeps_state=keeps_state)
 
     def _short_of_memory(self) -> None:
-        random = self.world.random
-        self.host.faults.short = random.sample(SHORTAGES, random.randint(1, len(SHORTAGES)))
-        self.world.note("shortage: %s", self.host.faults.short)
-        self.host.causes.strike("", os.strerror(NO_SOCKET))
-        self.world.after(self.world.between(0.5, 20), self._memory_again)
+        """Have all processes, or one worker, lack what they need, for a while."""
+        random, faults = self.world.random, self.host.faults
+        faults.short = random.sample(SHORTAGES, random.randint(1, len(SHORTAGES)))
+        most = 20
+        if self.world.chance(0.5):
+            faults.short_core, most = random.choice(self.service.options.cores), 100
+        else:
+            self.host.causes.strike("", os.strerror(NO_SOCKET))
+        self.world.note("shortage: %s of core %s", faults.short, faults.short_core)
+        self.world.after(self.world.between(0.5, most), self._memory_again)
 
     def _fill(self) -> None:
         self.world.note("there is no room for the saved state")
@@ -230,7 +243,7 @@ class Scenario:
         self.host.faults.full = False
 
     def _memory_again(self) -> None:
-        self.host.faults.short = ()
+        self.host.faults.short, self.host.faults.short_core = (), None
 
     def _kill_all(self) -> None:
         self.service.die()

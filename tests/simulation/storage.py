@@ -76,15 +76,7 @@ class Store:
     def open(self, process: Any, spec: DiskSpec, *, shared: bool, least: int) -> Storage:
         """Open the storage of a disk, making it when it is not there; raises OSError."""
         key = self.key(spec.backend, spec.name, spec.options)
-        if spec.name in self.refusals:
-            refusal = self.refusals[spec.name]
-            self._causes.strike(spec.name, str(refusal.strerror))
-            raise refusal
-        try:
-            self._faults.check("no memory to open a disk", NO_MEMORY)
-        except OSError as shortage:
-            self._causes.strike(spec.name, str(shortage.strerror))
-            raise
+        self._check_openable(process, spec, shared=shared)
         storage = self._storages.get(key)
         size = spec.options.get("size")
         self.check_size(spec.name, size or 0)
@@ -107,6 +99,18 @@ class Store:
             storage.size = size  # nothing is cut
         storage.openers[process] = mark
         return storage
+
+    def _check_openable(self, process: Any, spec: DiskSpec, *, shared: bool) -> None:
+        if spec.name in self.refusals:
+            refusal = self.refusals[spec.name]
+            self._causes.strike(spec.name, str(refusal.strerror))
+            raise refusal
+        try:
+            self._faults.check("no memory to open a disk", NO_MEMORY, process.core)
+        except OSError as shortage:
+            if not shared or self._faults.short_core is None:  # else the others have it
+                self._causes.strike(spec.name, str(shortage.strerror))
+            raise
 
     def check_size(self, disk: str, size: int) -> None:
         """Raise OSError if the storage of a disk cannot have so many bytes."""

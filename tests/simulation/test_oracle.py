@@ -166,9 +166,14 @@ def open_within_seconds(patch: Patch) -> None:
     open_next = Shares.open_next
 
     def open_soon(self: Shares, spec: DiskSpec, least: int, _: float = 0.0, **how: bool) -> None:
-        open_next(self, spec, least, 15.0, **how)
+        open_next(self, spec, least, 4.0, **how)
 
     patch.setattr(Shares, "open_next", open_soon)
+
+
+def do_without_for_good(patch: Patch) -> None:
+    """A worker that lacked memory for a disk is not tried again."""
+    patch.setattr(Shares, "_take_back_next", lambda _: None)
 
 
 def take_devices_from_their_users(patch: Patch) -> None:
@@ -211,6 +216,7 @@ def fail_without_cause(patch: Patch) -> None:
         (forget_what_was_made, "is made anew"),
         (give_workers_up_too_soon, "keeps dying|without need"),
         (open_within_seconds, "did not answer start|an I/O error"),
+        (do_without_for_good, "does not settle"),
         (take_devices_from_their_users, "an I/O error"),
         (fail_without_cause, "lost its connection 2 times"),
     ],

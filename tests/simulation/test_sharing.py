@@ -5,18 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from reactor.control.controller import Controller
 from reactor.control.shares import REST_SECONDS
-from reactor.spec import DiskSpec
 from tests.simulation.hosts import MIB, Hosts
 from tests.simulation.platform import SimulatedPlatform
 from tests.simulation.processes import WorkerProcess
-from tests.simulation.worker import ServedDisk, Worker
+from tests.simulation.worker import ServedDisk
 
 ONLINE = dict.fromkeys(("stays", "moves", "plain", "wide"), "online")
 NO_MEMORY = os.strerror(errno.ENOMEM)
@@ -69,33 +66,25 @@ def test_one_that_lacks_memory_for_long_is_done_without_until_a_start(
     hosts.let_pass(650)
     hosts.host.faults.end()
     hosts.let_pass(120)
-    assert hosts.reasons()["wide"] == f"served without core 1: {NO_MEMORY}"
+    lacking = f"served without core 1 until it is started again: {NO_MEMORY}"
+    assert hosts.reasons()["wide"] == lacking
     controller.start("wide", lambda _: None)
     hosts.await_true(lambda: all_serve(hosts))
 
 
-def short_at(core: int) -> Callable[..., None]:
-    """Return what opens a disk but on the core, where memory lacks."""
-    open_it = ServedDisk.__init__
-
-    def open_elsewhere(disk: ServedDisk, worker: Worker, spec: DiskSpec, **rest: Any) -> None:
-        if worker.process.core == core:
-            raise OSError(errno.ENOMEM, NO_MEMORY)
-        open_it(disk, worker, spec, **rest)
-
-    return open_elsewhere
+def lack_memory(hosts: Hosts, core: int) -> None:
+    faults = hosts.host.faults
+    faults.short, faults.short_core = ("no memory to open a disk",), core
 
 
-def test_the_other_has_its_turn_while_one_lacks_memory(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as short:
-        short.setattr(ServedDisk, "__init__", short_at(0))
-        for core in (0, 1):
-            hosts.worker(core).send_signal(signal.SIGKILL)
-        hosts.let_pass(20)
-        assert hosts.reasons()["wide"] == f"served without core 0: {NO_MEMORY}"
-        assert disks_of(hosts, 1)["wide"].leads
+def test_the_other_has_its_turn_while_one_lacks_memory(hosts: Hosts) -> None:
+    lack_memory(hosts, 0)
+    for core in (0, 1):
+        hosts.worker(core).send_signal(signal.SIGKILL)
+    hosts.let_pass(20)
+    assert hosts.reasons()["wide"] == f"served without core 0: {NO_MEMORY}"
+    assert disks_of(hosts, 1)["wide"].leads
+    hosts.host.faults.end()
     hosts.let_pass(REST_SECONDS + 20)
     assert all_serve(hosts)
     assert disks_of(hosts, 0)["wide"].leads
@@ -105,10 +94,10 @@ def test_the_other_has_its_turn_while_one_lacks_memory(
 
 @pytest.mark.parametrize("seconds", [300, 590, 603, 610])  # around the end of its patience
 def test_one_that_dies_while_the_other_lacks_memory_is_followed_by_one_that_serves(
-    hosts: Hosts, monkeypatch: pytest.MonkeyPatch, seconds: float
+    hosts: Hosts, seconds: float
 ) -> None:
     next(a for a in hosts.applications if a.disk == "stays").finish()
-    monkeypatch.setattr(ServedDisk, "__init__", short_at(0))
+    lack_memory(hosts, 0)
     hosts.worker(0).send_signal(signal.SIGKILL)
     hosts.let_pass(seconds)
     hosts.worker(1).send_signal(signal.SIGKILL)
@@ -117,13 +106,11 @@ def test_one_that_dies_while_the_other_lacks_memory_is_followed_by_one_that_serv
     assert hosts.states()["wide"] == "online"
 
 
-def test_a_disk_starts_where_there_is_memory(
-    hosts: Hosts, controller: Controller, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_starts_where_there_is_memory(hosts: Hosts, controller: Controller) -> None:
     hosts.finish_applications()
     controller.stop("wide", lambda _: None)
     hosts.await_true(lambda: hosts.states()["wide"] == "stopped")
-    monkeypatch.setattr(ServedDisk, "__init__", short_at(0))
+    lack_memory(hosts, 0)
     answers: list[Exception | None] = []
     controller.start("wide", answers.append)
     hosts.let_pass(15)
@@ -133,21 +120,25 @@ def test_a_disk_starts_where_there_is_memory(
     assert answers == [None, None]
 
 
-def lose_both(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kill both workers; for 12 s core 0 lacks memory, and that of core 1 cannot be started."""
+def start_none_at(core: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = SimulatedPlatform.launch
 
-    def launch_at_0(platform: SimulatedPlatform, core: int) -> WorkerProcess:
-        if core == 1:
+    def launch_elsewhere(platform: SimulatedPlatform, where: int) -> WorkerProcess:
+        if where == core:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return launch(platform, core)
+        return launch(platform, where)
 
-    monkeypatch.setattr(SimulatedPlatform, "launch", launch_at_0)
+    monkeypatch.setattr(SimulatedPlatform, "launch", launch_elsewhere)
+
+
+def lose_both(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill both workers; for 12 s core 0 lacks memory, and that of core 1 cannot be started."""
+    start_none_at(1, monkeypatch)
     for core in (0, 1):
         hosts.worker(core).send_signal(signal.SIGKILL)
-    with monkeypatch.context() as short:
-        short.setattr(ServedDisk, "__init__", short_at(0))
-        hosts.let_pass(12)
+    lack_memory(hosts, 0)
+    hosts.let_pass(12)
+    hosts.host.faults.end()
 
 
 def test_who_rested_serves_where_the_other_cannot_be_started(
@@ -176,18 +167,94 @@ def disks_of(hosts: Hosts, core: int) -> dict[str, ServedDisk]:
     return worker.disks
 
 
+def block_at_the_next_start(hosts: Hosts, controller: Controller, core: int) -> WorkerProcess:
+    """Kill the worker of the core; the next one waits for a medium as it is told to open disks."""
+    hosts.worker(core).send_signal(signal.SIGKILL)
+    hosts.await_true(lambda: controller.workers()[core].state == "starting")
+    hosts.await_true(lambda: controller.workers()[core].state == "running")
+    blocked = hosts.worker(core)
+    blocked.block()
+    return blocked
+
+
 def test_a_medium_that_keeps_one_from_opening_it_keeps_not_the_other(
-    hosts: Hosts, controller: Controller, monkeypatch: pytest.MonkeyPatch
+    hosts: Hosts, controller: Controller
 ) -> None:
-    hosts.worker(1).send_signal(signal.SIGKILL)
-    hosts.await_true(lambda: controller.workers()[1].state == "starting")
-    hosts.await_true(lambda: controller.workers()[1].state == "running")
-    blocked = hosts.worker(1)  # it was told to open the disk, and has not heard of it yet
-    blocked.send_signal(signal.SIGSTOP)
-    monkeypatch.setattr(blocked, "waits_for_medium", lambda: True)
-    monkeypatch.setattr(blocked, "send_signal", lambda _: None)
+    blocked = block_at_the_next_start(hosts, controller, 1)
     hosts.let_pass(15)
     hosts.worker(0).send_signal(signal.SIGKILL)
-    hosts.let_pass(60)
+    hosts.let_pass(20)
     assert hosts.states()["wide"] == "online"
     assert "wide" in disks_of(hosts, 0)
+    blocked.unblock()
+    hosts.await_true(lambda: all_serve(hosts))
+    assert hosts.worker(1) is blocked
+
+
+def test_a_medium_that_keeps_one_from_opening_it_keeps_no_connection_of_the_other(
+    hosts: Hosts, controller: Controller
+) -> None:
+    next(a for a in hosts.applications if a.disk == "stays").finish()
+    block_at_the_next_start(hosts, controller, 0)
+    hosts.let_pass(5)
+    storage = disks_of(hosts, 1)["wide"].storage
+    storage.hung = True
+    hosts.let_pass(25)  # longer than the kernel waits for an answer
+    storage.hung = False
+    application = next(a for a in hosts.applications if a.disk == "wide")
+    hosts.await_true(lambda: hosts.states()["wide"] == "online" and application.idle)
+
+
+@pytest.mark.parametrize("operation", ["stop", "remove", "detach", "start"])
+def test_a_medium_that_keeps_one_from_opening_it_keeps_nobody_waiting(
+    hosts: Hosts, controller: Controller, operation: str
+) -> None:
+    hosts.finish_applications()
+    device = controller.disk("wide").device
+    block_at_the_next_start(hosts, controller, 0)
+    hosts.let_pass(8)
+    answers: list[Exception | None] = []
+    getattr(controller, operation)(device if operation == "detach" else "wide", answers.append)
+    hosts.let_pass(50)
+    assert answers == [None]
+
+
+def test_one_that_waits_for_a_medium_as_it_is_tried_again_takes_part_after_it(
+    hosts: Hosts, controller: Controller
+) -> None:
+    lack_memory(hosts, 0)
+    hosts.worker(0).send_signal(signal.SIGKILL)
+    hosts.let_pass(8)
+    hosts.host.faults.end()
+    blocked = hosts.worker(0)
+    blocked.block()
+    hosts.let_pass(REST_SECONDS + 60)
+    assert controller.disk("wide").state == "online"
+    blocked.unblock()
+    hosts.let_pass(REST_SECONDS + 20)
+    assert hosts.worker(0) is blocked
+    assert all_serve(hosts)
+
+
+def test_nobody_rests_when_the_one_that_serves_is_lost(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lack_memory(hosts, 0)
+    hosts.worker(0).send_signal(signal.SIGKILL)
+    hosts.let_pass(8)
+    hosts.host.faults.end()
+    start_none_at(1, monkeypatch)
+    hosts.worker(1).send_signal(signal.SIGKILL)
+    hosts.let_pass(15)
+    assert disks_of(hosts, 0)["wide"].leads
+
+
+def test_it_is_said_why_nobody_serves(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    lack_memory(hosts, 0)
+    start_none_at(1, monkeypatch)
+    for core in (0, 1):
+        hosts.worker(core).send_signal(signal.SIGKILL)
+    hosts.let_pass(10)
+    for _ in range(60):
+        hosts.let_pass(1)
+        assert (hosts.states()["wide"], hosts.reasons()["wide"]) == ("starting", NO_MEMORY)

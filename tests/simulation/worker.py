@@ -376,11 +376,11 @@ class Worker:
         """Take what waits in the mailbox."""
         for end, header in self.process.host.take_mail(self.process):
             faults = self.process.host.faults
-            if faults.strikes("no memory to refuse what is handed over"):
+            if faults.strikes("no memory to refuse what is handed over", self.process.core):
                 self.process.exit(SHORTAGE)
                 return
             disk = self.disks.get(header["disk"])
-            short = faults.strikes("no memory for what is handed over")
+            short = faults.strikes("no memory for what is handed over", self.process.core)
             if short or disk is None or disk.on_stopped is not None:
                 end.close()
                 lost = {name: header[name] for name in ("disk", "generation")}
