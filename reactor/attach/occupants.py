@@ -29,7 +29,9 @@ def occupation(path: str, index: int) -> str:
         return f"{path} is in use"
     tag = sysfs.backend(index)
     if tag is not None and tag.startswith(TAG_PREFIX):
-        return f"{path} is attached by nbd-reactor already, as {tag}"
+        used = users(path, index)
+        by = f", and used by {listed(used)}" if used else ""
+        return f"{path} is attached by nbd-reactor already, as {tag}{by}"
     owner = _process(thread)
     if owner is None and (used := users(path, index)):
         return f"{path} is attached already by a program that has ended, and used by {listed(used)}"

@@ -72,8 +72,11 @@ class RuntimeDir:
                 f"another nbd-reactor (pid {holder or 'unknown'}) runs on {path};"
                 " stop it or choose another --runtime-dir"
             ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._lock, os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0))
+        except OSError as error:
+            os.close(self._lock)
+            raise ReactorError(f"{path / 'lock'}: {reason(error)}") from error
         self.instance = self._read_instance()
 
     def surviving_workers(self) -> list[LeftWorker]:

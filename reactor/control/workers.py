@@ -137,7 +137,8 @@ class WorkerProcess:
     def replace(self) -> None:
         """Have the worker that is not as ours are finish what it does; then start another."""
         log.info(
-            "worker core %d (pid %s) is replaced: it is of another version", self.core, self.pid
+            "worker core %d (pid %s) is replaced: another version or other options started it",
+            *(self.core, self.pid),
         )
         self._leave()
 

@@ -58,8 +58,8 @@ def _lock_core(runtime_dir: Path, core: int) -> int:
             if time.monotonic() > deadline:
                 raise ReactorError(f"{path}: another process has it locked") from None
             time.sleep(LOCK_PAUSE_SECONDS)
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n{start_line(sys.argv[1:])}\n".encode(), 0)
+    # Written first: on a full file system there is no room but its own.
+    os.ftruncate(fd, os.pwrite(fd, f"{os.getpid()}\n{start_line(sys.argv[1:])}\n".encode(), 0))
     return fd
 
 
@@ -91,9 +91,9 @@ def _await_core(arguments: argparse.Namespace) -> tuple[int, int] | None:
     pressure.prepare()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each client
-    _load_backends(registry.own_names())  # a shortage later finds them loaded
+    # A shortage later finds ours loaded; the code of all belongs to what is locked.
+    _load_backends(registry.names() if arguments.lock_memory else registry.own_names())
     if arguments.lock_memory:
-        _load_backends(registry.names())  # their code belongs to what is locked
         pressure.lock_memory()
     told = sys.stdin.buffer.readline()
     if not told:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import attached, ctl, endless_writes, fio_verify
+from tests.mounting import mounted_new
 from tests.running import RunningService
 
 pytestmark = pytest.mark.kernel
@@ -67,3 +68,20 @@ def test_a_lost_backing_file(running: RunningService, tmp_path: Path, harm: str)
                 backing.truncate(4096)
         check_fio_ends_and_the_device_is_free(running, fio, "/dev/nbd1")
     assert running.await_state("file", "removed")["reason"]
+
+
+def test_who_keeps_a_removed_device_is_named(service: Start, tmp_path: Path) -> None:
+    image, away = tmp_path / "image", tmp_path / "away"
+    running = service(f"""
+disks:
+  file: {{backend: file, path: {image}, size: 16MiB, device: /dev/nbd0, attach: netlink}}
+""")
+    with mounted_new("/dev/nbd0", tmp_path / "mount") as mount:
+        image.rename(away)
+        running.await_state("file", "removed")
+        away.rename(image)
+        refusal = running.rpc_raw("reactor_start_disk", name="file")["error"]["message"]
+        assert f"used by the mount {mount}" in refusal
+        assert f"used by the mount {mount}" in running.await_state("file", "failed")["reason"]
+    ctl(running.runtime_dir, "start", "file")
+    running.await_state("file", "online")

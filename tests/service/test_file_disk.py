@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.commands import nbdsh
+from tests.commands import ctl, nbdsh
 from tests.running import RunningService
 
 Start = Callable[..., RunningService]
@@ -80,3 +80,10 @@ def test_the_umask_lets_others_at_the_sockets_of_disks_alone(
     assert running.rpc_socket in made
     opened = [path for path in made if stat.S_IMODE(path.stat().st_mode) & 0o077]
     assert opened == [tmp_path / "a.sock"]
+
+
+def test_a_failed_disk_that_is_stopped_is_stopped(service: Start, tmp_path: Path) -> None:
+    running = service(f"disks:\n  file: {{backend: file, path: {tmp_path}/image}}\n")
+    running.await_state("file", "failed")
+    ctl(running.runtime_dir, "stop", "file")
+    assert running.await_state("file", "stopped")["reason"] == ""
