@@ -257,7 +257,8 @@ COMMON: Final[Mapping[str, CommonKey]] = {
     ),
     "dead_timeout": CommonKey(
         _WHOLE_SECONDS,
-        "seconds for which the kernel holds I/O while no worker serves the device",
+        "seconds for which the kernel holds new I/O while no worker serves the device; what is in"
+        " flight it holds until one does, unless there is a `timeout`",
         str(_DEFAULTS["dead_timeout"]),
     ),
     "attach": CommonKey(
