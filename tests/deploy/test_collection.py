@@ -77,6 +77,8 @@ def test_disks_that_cannot_be_right_are_refused_with_their_names(
         (["nbd_reactor_defaults=direct=true"], "nbd_reactor_defaults: keys and values are meant."),
         (['{"nbd_reactor_version": 1.0}'], "nbd_reactor_version: text is meant"),
         (['{"nbd_reactor_options": null}'], "nbd_reactor_options: a list is meant"),
+        (['{"nbd_reactor_python": null}'], "nbd_reactor_python: the path of a Python is meant."),
+        (["nbd_reactor_python=/no/python"], "/no/python cannot look at the host: "),
         (
             ["nbd_reactor_nbds_max=8", '{"nbd_reactor_disks": {"data": {"device": "/dev/nbd8"}}}'],
             "8 devices do not include all of /dev/nbd8;",
@@ -137,6 +139,26 @@ def test_a_wheel_lies_beside_what_it_needs(tmp_path: Path) -> None:
     show = {"debug": {"msg": "{{ nbd_reactor_own }} and {{ nbd_reactor_files | length }} in all"}}
     said = play(write(tmp_path, [choose, show]), variables, tmp_path)
     assert f"['{wheel}'] and 2 in all" in said
+
+
+def test_a_wheel_of_something_else_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "msgpack-1.1.0-py3-none-any.whl"
+    wheel.touch()
+    choose = {"include_role": {"name": str(ROLE), "tasks_from": "source.yml"}}
+    variables = {
+        "nbd_reactor_wheel": str(wheel),
+        "ansible_python_interpreter": sys.executable,
+    }
+    said = play(write(tmp_path, [choose]), variables, tmp_path, status=2)
+    assert "must be or hold one wheel of nbd-reactor" in said
+
+
+def test_disks_are_not_blamed_where_there_is_no_program(tmp_path: Path) -> None:
+    check = {"include_role": {"name": str(ROLE), "tasks_from": "check.yml"}}
+    variables = {"nbd_reactor_prefix": "/no/release", "nbd_reactor_disks": {}}
+    said = play(write(tmp_path, [check]), variables, tmp_path, status=2)
+    assert "nbd-reactor --check does not run: " in said
+    assert "Correct" not in said
 
 
 def preflight(variables: dict, home: Path, *extra: str) -> str:

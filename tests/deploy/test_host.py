@@ -283,7 +283,7 @@ def test_disks_that_are_not_online_are_told_with_the_reason(
     ]
     client = tmp_path / "client"
     monkeypatch.setattr(host, "CLIENT", client)
-    assert "No such file" in host.online("0", '["well"]', "all")[0]
+    assert "is not installed" in host.online("60", '["well"]', "all")[0]
     client.write_text(f"#!/bin/sh\necho '{json.dumps(listed)}'\n")
     client.chmod(0o755)
     assert host.online("0", '["well"]', "all") == []

@@ -155,6 +155,8 @@ def patience() -> int:
 
 def online(seconds: str, disks: str, which: str) -> list[str]:
     """Wait until the disks are online, and return a line for each that is not by then."""
+    if not CLIENT.exists():
+        return [f"{CLIENT} is not there: the service is not installed"]
     deadline = time.monotonic() + float(seconds)
     names = [*map(str, json.loads(disks))]
     if which == "configured":
@@ -181,7 +183,7 @@ def offline(disks: list[str]) -> list[str]:
 
 def listed() -> list[dict[str, Any]]:
     """Return what the service says of its disks; raises OSError when it does not."""
-    command = [CLIENT, "--timeout", "10", "--json", "list"]
+    command = [str(CLIENT), "--timeout", "10", "--json", "list"]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode != 0:
         raise OSError(done.stderr.decode(errors="replace").strip())
