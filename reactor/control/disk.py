@@ -289,11 +289,11 @@ class DiskControl:
             return
         if self._shares.unknown or self._awaited_former():
             return
+        if self._errand.busy() and self.rising:
+            self._shares.pass_silent()
+        elif self._errand.busy():
+            self._shares.kill_silent(self._host.let_go_seconds())
         if self._errand.busy():
-            if self.rising:
-                self._shares.pass_silent()
-            else:
-                self._shares.kill_silent(self._host.let_go_seconds())
             return
         hindered = self._is_hindered()
         if not self.rising:

@@ -83,12 +83,17 @@ class Errand:
             self._deadline = self._reactor.call_later(within, self._expire)
 
     def _expire(self) -> None:
-        late = self._late
         for worker in list(self._awaited):
+            self.pass_by(worker)
+        self._on_end()
+
+    def pass_by(self, worker: WorkerProcess) -> None:
+        """Have the answer of `worker`, if it is awaited, be late now."""
+        if worker in self._awaited:
+            late, kind = self._late, self._kind
             self.excuse(worker)
             if late is not None:
-                late(worker, f"worker core {worker.core} did not answer {self._kind}")
-        self._on_end()
+                late(worker, f"worker core {worker.core} did not answer {kind}")
 
     def said_since(self, time_ns: int, worker: WorkerProcess) -> bool:
         """Whether `worker` has yet to answer what it was told at that time or later."""

@@ -205,7 +205,7 @@ class Shares:
             ),
         )
         leads = share.worker.core == core
-        # What nobody waits for may take its time, as may what others serve meanwhile.
+        # While others serve nobody waits for it: what it lacks may take as long as I/O could wait.
         self._patience = max(within, spec.dead_timeout) if self.opened else within
         share.tried_ns, share.opening = self._clock(), not share.opened
         self._had_storage, self.has_storage = self.has_storage, True  # should it never answer
@@ -316,7 +316,7 @@ class Shares:
             if not share.opened and any(
                 other.worker.healthy and (other.rests or not other.given_up) for other in self._all
             ):
-                self._errand.hurry(0)
+                self._errand.pass_by(share.worker)
             elif share.opened and waits:
                 why = f"disk {self._disk} waits for its answer, and another worker for the disk"
                 share.worker.kill(why)
