@@ -89,6 +89,8 @@ class DiskControl:
             self.failure, self._hot, self._grows = None, False, bool(self.due)
             self._link.forgive()
             self._shares.forgive()
+        if desired == "stopped" and self.settled and not self._hot:
+            self.failure = None  # nobody wants online any more what could not be
         self._again_online = False
         if self.desired != "gone":
             self.desired = desired
@@ -253,9 +255,7 @@ class DiskControl:
 
     def found(self, share: Share, report: Mapping[str, Any] | None, asked_ns: int) -> bool:
         """Note what a worker had of the disk when it was asked; False: what it must not have."""
-        if not self._errand.said_since(asked_ns, share.worker):
-            self._errand.worker_lost(share.worker)
-        share.close()
+        share.close(told=self._errand.forget_before(asked_ns, share.worker))
         if report is None:
             self._link.found(share, (), asked_ns)
             return True
@@ -485,8 +485,6 @@ class DiskControl:
         if self.settled:
             return
         self.settled = True
-        if self.desired == "stopped" and not self._hot:
-            self.failure = None  # nobody wants it online any more
         self._answer_attach(failure or self.path or OSError(errno.ENODEV, "the disk is stopped"))
         answers = self._answers.take(self.desired, failure, self._left)
         self._host.on_settled(self)

@@ -95,9 +95,15 @@ class Errand:
             if late is not None:
                 late(worker, f"worker core {worker.core} did not answer {kind}")
 
-    def said_since(self, time_ns: int, worker: WorkerProcess) -> bool:
-        """Whether `worker` has yet to answer what it was told at that time or later."""
-        return worker in self._awaited and self._said_ns >= time_ns
+    def forget_before(self, time_ns: int, worker: WorkerProcess) -> bool:
+        """Await nothing that `worker` was told before; returns whether it was told something since.
+
+        That it has yet to answer.
+        """
+        told = worker in self._awaited and self._said_ns >= time_ns
+        if not told:
+            self.worker_lost(worker)
+        return told
 
     def _repeat_later(self, fields: dict[str, Any]) -> None:
         self._said_ns = self._reactor.clock()

@@ -19,7 +19,7 @@ class Share:
         self.rests = False  # ... for now; else until the disk is started again
         self.tried_ns = 0  # when it was last told to open it
         self.waiting = Waiting(clock)  # for what it lacks to do so
-        self.opening = False  # it was told to, and has not said what came of it
+        self.opening = False  # it was told to, or how, and has not said what came of it
         self.opened = False  # it has the disk open
         self.size = 0  # bytes of the disk, as it last told
         self.members: list[int] | None = None  # it leads, and gives clients to these cores
@@ -45,12 +45,15 @@ class Share:
         self.listen = DiskSpec.from_message(report["spec"]).listen
         self.refusing = report["refusing"]
 
-    def close(self) -> None:
-        """Note that the worker has nothing of the disk any more."""
+    def close(self, *, told: bool = False) -> None:
+        """Note that the worker has nothing of the disk any more.
+
+        `told`: but to open it, perhaps, which it has yet to answer.
+        """
         if self.opening and self.rests:  # what hung, or what it may have had of it, has ended
             self.take_back()
         self.waiting.end()
-        self.opening = self.opened = False
+        self.opening, self.opened = self.opening and told, False
         self.size = 0
         self.members = None
         self.listen = ()

@@ -56,6 +56,7 @@ class Shares:
         self._earlier = spec.listen  # ... when this controller began
         self.geometry = Geometry()
         self.has_storage = self._had_storage = False  # a worker has opened the disk, or may have
+        self._is_made = False  # it was open before that
         self._errand = errand
         self._clock = clock
         self._disk = spec.name
@@ -102,8 +103,12 @@ class Shares:
             share
             for share in self._taking_part()
             if not share.opened
-            or share.members != (members if share is leader else None)
             or share.listen != (self.listen if share is leader else ())
+            # Who is silent serves as it did, as far as it can; it is told when it answers.
+            or (
+                (share.opening or share.members != (members if share is leader else None))
+                and not is_silent(share)
+            )
         ]
 
     @property
@@ -192,7 +197,11 @@ class Shares:
         if idle or not self.opened:
             self._take_back_next()
         core, *members = self.cores
-        running = [share for share in self.closed if share.worker.takes_disks]
+        running = [
+            share
+            for share in self.closed
+            if share.worker.takes_disks and not (share.opened and is_silent(share))
+        ]
         if not running:
             return
         # Who is to lead waits until the one that did listens no more. Else those that hang wait.
@@ -207,8 +216,9 @@ class Shares:
         leads = share.worker.core == core
         # While others serve nobody waits for it: what it lacks may take as long as I/O could wait.
         self._patience = max(within, spec.dead_timeout) if self.opened else within
-        share.tried_ns, share.opening = self._clock(), not share.opened
+        share.tried_ns, share.opening = self._clock(), True
         self._had_storage, self.has_storage = self.has_storage, True  # should it never answer
+        self._is_made = bool(least)
         listen = self.listen if leads else ()
         share.unheard = ""  # it says so anew
         # What the worker needs not know changes without it.
@@ -243,6 +253,11 @@ class Shares:
         If one has lost the disk meanwhile nothing comes: it opens it first, and all begins anew.
         On a failure `on_refused` comes instead of `then`; the size is what it was before.
         """
+        late = next((share for share in self._all if share.opening and not share.opened), None)
+        if late is not None and size < self.geometry.size:
+            why = f"worker core {late.worker.core} was told its size of before, and may yet open it"
+            on_refused(OSError(errno.EBUSY, why))
+            return
         self._on_refused = on_refused
         leader = self._leader()
         followers = [share for share in self._taking_part() if share is not leader]
@@ -306,17 +321,16 @@ class Shares:
     def pass_silent(self) -> None:
         """Wait no longer for the answer of a worker that is silent while another could serve.
 
-        One that is opening the disk is done without until it answers. One that has it open is
-        ended, if another waits to open it.
+        One that is opening the disk is done without until it answers, one that has it open only
+        not told of the others; it is ended if something else is awaited, and another worker waits.
         """
         waits = any(share.worker.healthy for share in self.closed)
         for share in self._taking_part():
-            if not (self._errand.needs(share.worker) and share.worker.is_silent):
+            if not (self._errand.needs(share.worker) and is_silent(share)):
                 continue
-            if not share.opened and any(
-                other.worker.healthy and (other.rests or not other.given_up) for other in self._all
-            ):
-                self._errand.pass_by(share.worker)
+            if self._errand.awaits("started"):
+                if share.opened or any(map(self._could_serve, self._all)):
+                    self._errand.pass_by(share.worker)
             elif share.opened and waits:
                 why = f"disk {self._disk} waits for its answer, and another worker for the disk"
                 share.worker.kill(why)
@@ -336,7 +350,7 @@ class Shares:
             # Whatever it still does to the disk must end before the disk can go on without it.
             share.worker.kill(f"it cannot {command} disk {self._disk}: {reason(error)}")
         elif command == "start" and share.opened and not self._follows(share):
-            share.listen, share.unheard = self.listen, reason(error)
+            share.opening, share.listen, share.unheard = False, self.listen, reason(error)
         elif command == "start":
             self._not_opened(share, error)
         elif command == "resize":
@@ -384,6 +398,11 @@ class Shares:
     def _taking_part(self) -> list[Share]:
         return [share for share in self._all if not share.given_up]
 
+    def _could_serve(self, share: Share) -> bool:
+        """Whether it may soon; of who rests that is so if the disk outlasts another failure."""
+        takes_part = not share.given_up or (share.rests and self._is_made)
+        return share.worker.healthy and takes_part
+
     def _find_others(self, share: Share) -> bool:
         """Have those that rest take part again; returns whether anyone but `share` takes part.
 
@@ -417,7 +436,8 @@ class Shares:
         """Do without a worker, if there is another one; for a while, if it `rests`."""
         if self._taking_part() == [share]:
             others = self._find_others(share)
-            if rests or not others:  # then all are tried anew, if that may be
+            waits = not self._is_made and any(other.opening for other in self._all)
+            if not others or (rests and not waits):  # then all are tried anew, if that may be
                 self._on_failed(error)
                 return
         share.given_up, share.rests = reason(error), rests
@@ -469,6 +489,11 @@ class Shares:
             self._stop([share])  # it may yet open it
         else:
             self._on_failed(DeviceError(errno.ETIMEDOUT, why))
+
+
+def is_silent(share: Share) -> bool:
+    """Whether its worker lives, and does not answer."""
+    return share.worker.is_silent
 
 
 def _take(_worker: WorkerProcess, _message: Message) -> None:

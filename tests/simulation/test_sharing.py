@@ -10,6 +10,7 @@ import pytest
 
 from reactor.control.controller import Controller
 from reactor.control.shares import REST_SECONDS
+from reactor.messages import Message
 from tests.simulation.hosts import MIB, Hosts
 from tests.simulation.platform import SimulatedPlatform
 from tests.simulation.processes import WorkerProcess
@@ -258,3 +259,115 @@ def test_it_is_said_why_nobody_serves(hosts: Hosts, monkeypatch: pytest.MonkeyPa
     for _ in range(60):
         hosts.let_pass(1)
         assert (hosts.states()["wide"], hosts.reasons()["wide"]) == ("starting", NO_MEMORY)
+
+
+def test_one_that_serves_is_not_ended_for_what_it_has_yet_to_hear(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.finish_applications()
+    opening = block_at_the_next_start(hosts, controller, 1)
+    hosts.let_pass(2)
+    serving = hosts.worker(0)
+    serving.block()
+    hosts.let_pass(10)
+    opening.unblock()  # it opens the disk, of which the one that leads cannot hear
+    hosts.let_pass(3)
+    answers: list[Exception | None] = []
+    controller.start("wide", answers.append)
+    hosts.await_true(lambda: answers == [None])
+    serving.unblock()
+    hosts.await_true(lambda: disks_of(hosts, 0)["wide"].members == [1])
+    assert (hosts.worker(0), hosts.worker(1)) == (serving, opening)
+
+
+def test_one_that_closes_a_disk_is_not_ended_for_its_next_start(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.finish_applications()
+    block_at_the_next_start(hosts, controller, 0)
+    hosts.let_pass(8)
+    closing = hosts.worker(1)
+    closing.send_signal(signal.SIGSTOP)
+    controller.stop("wide", lambda _: None)
+    hosts.world.after(1.0, closing.send_signal, signal.SIGCONT)
+    hosts.let_pass(0.2)
+    controller.start("wide", lambda _: None)
+    hosts.let_pass(60)
+    assert hosts.worker(1) is closing
+    assert hosts.states()["wide"] == "online"
+
+
+def test_nothing_is_cut_that_one_may_yet_open_as_it_was(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.finish_applications()
+    answers: list[Exception | None] = []
+    controller.stop("wide", answers.append)
+    hosts.await_true(lambda: answers == [None])
+    blocked = hosts.worker(0)
+    blocked.block()
+    controller.start("wide", answers.append)
+    hosts.await_true(lambda: answers == [None, None])
+    controller.resize("wide", MIB // 2, answers.append)
+    hosts.await_true(lambda: len(answers) == 3)
+    assert "may yet open it" in str(answers[2])
+    blocked.unblock()
+    hosts.await_true(lambda: all_serve(hosts))
+    hosts.let_pass(2)
+    controller.resize("wide", MIB // 2, answers.append)
+    hosts.await_true(lambda: len(answers) == 4)
+    assert answers[3] is None
+    assert disks_of(hosts, 0)["wide"].storage.size == MIB // 2
+
+
+def test_a_first_start_waits_for_one_that_is_silent_where_the_other_lacks_memory(
+    hosts: Hosts, controller: Controller
+) -> None:
+    hosts.finish_applications()
+    answers: list[Exception | None] = []
+    controller.stop("wide", answers.append)
+    hosts.await_true(lambda: answers == [None])
+    blocked = hosts.worker(0)
+    lack_memory(hosts, 1)
+    blocked.block()
+    hosts.let_pass(6)
+    controller.start("wide", answers.append)
+    hosts.let_pass(15)
+    blocked.unblock()
+    hosts.await_true(lambda: answers == [None, None])
+    assert disks_of(hosts, 0)["wide"].leads
+
+
+def test_one_that_was_told_before_it_was_asked_what_it_has_opens_no_stopped_disk(
+    hosts: Hosts, controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts.finish_applications()
+    storage = disks_of(hosts, 1)["wide"].storage
+    hosts.worker(0).send_signal(signal.SIGKILL)
+    hosts.await_true(lambda: controller.workers()[0].state == "starting")
+    storage.hung = True  # so that its opening takes a while
+    hosts.await_true(lambda: controller.workers()[0].state == "running")
+    hosts.let_pass(0.5)
+    opening = hosts.worker(0)
+    assert opening.worker is not None
+    inquire = opening.worker._inquire
+
+    def pause(message: Message) -> None:  # until it was told again
+        monkeypatch.setattr(opening.worker, "_inquire", inquire)
+        opening.send_signal(signal.SIGSTOP)
+        hosts.world.after(3.0, opening.send_signal, signal.SIGCONT)
+        opening.run(lambda: inquire(message))
+
+    monkeypatch.setattr(opening.worker, "_inquire", pause)
+    opening.worker._events += 1  # as if something that it said was lost
+    hosts.let_pass(8)
+    opening.block()
+    storage.hung = False
+    hosts.let_pass(7)
+    answers: list[Exception | None] = []
+    controller.stop("wide", answers.append)
+    hosts.let_pass(12)
+    opening.unblock()
+    hosts.await_true(lambda: answers == [None])
+    hosts.let_pass(20)
+    assert not any("wide" in worker.disks for worker in hosts.workers())
