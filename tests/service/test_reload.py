@@ -255,8 +255,8 @@ def test_two_disks_exchange_their_addresses(service: Start, tmp_path: Path) -> N
     running.config_path.write_text(pinned(tmp_path, a=(0, "y"), b=(1, "x")))
     running.rpc("reactor_reload")
     for name, sock in (("a", "y"), ("b", "x")):
+        running.await_state(name, "online")  # first: before that nothing is known to lack
         running.await_true(lambda name=name: shown(running, name) == "")
-        running.await_state(name, "online")
         nbdsh(tmp_path, name, f"assert h.pread(4096, 0) == b'{name}' * 4096", on=sock)
 
 
