@@ -34,7 +34,7 @@ except (MemoryError, ImportError, OSError, SystemError) as error:
     if not why:
         raise
     os.write(2, f"a worker cannot be loaded: {why}\n".encode())
-    sys.exit(SHORTAGE)
+    os._exit(SHORTAGE)  # SystemExit may get lost on its way for want of memory
 finally:
     sys.stderr = stderr
 
