@@ -171,11 +171,6 @@ def open_within_seconds(patch: Patch) -> None:
     patch.setattr(Shares, "open_next", open_soon)
 
 
-def do_without_for_good(patch: Patch) -> None:
-    """A worker that lacked memory for a disk is not tried again."""
-    patch.setattr(Shares, "_take_back_next", lambda _: None)
-
-
 def take_devices_from_their_users(patch: Patch) -> None:
     """Who has mounted a device is not asked."""
     patch.setattr(SimulatedPlatform, "claims", lambda *_: [])
@@ -216,7 +211,6 @@ def fail_without_cause(patch: Patch) -> None:
         (forget_what_was_made, "is made anew"),
         (give_workers_up_too_soon, "keeps dying|without need"),
         (open_within_seconds, "did not answer start|an I/O error"),
-        (do_without_for_good, "does not settle"),
         (take_devices_from_their_users, "an I/O error"),
         (fail_without_cause, "lost its connection 2 times"),
     ],
