@@ -37,6 +37,11 @@ class Share:
         """Have it take part again."""
         self.given_up, self.rests = "", False
 
+    def end_silence(self) -> None:
+        """Have it take part again, if the disk does without it as it did not answer."""
+        if self.opening and self.rests:
+            self.take_back()
+
     def found(self, report: Mapping[str, Any]) -> None:
         """Note what the worker says that it has."""
         self.opened = True
@@ -50,8 +55,7 @@ class Share:
 
         `told`: but to open it, perhaps, which it has yet to answer.
         """
-        if self.opening and self.rests:  # what hung, or what it may have had of it, has ended
-            self.take_back()
+        self.end_silence()  # what hung, or what it may have had of it, has ended
         self.waiting.end()
         self.opening, self.opened = self.opening and told, False
         self.size = 0

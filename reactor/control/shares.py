@@ -107,7 +107,7 @@ class Shares:
             # Who is silent serves as it did, as far as it can; it is told when it answers.
             or (
                 (share.opening or share.members != (members if share is leader else None))
-                and not is_silent(share)
+                and not share.worker.is_silent
             )
         ]
 
@@ -200,7 +200,7 @@ class Shares:
         running = [
             share
             for share in self.closed
-            if share.worker.takes_disks and not (share.opened and is_silent(share))
+            if share.worker.takes_disks and not (share.opened and share.worker.is_silent)
         ]
         if not running:
             return
@@ -326,7 +326,7 @@ class Shares:
         """
         waits = any(share.worker.healthy for share in self.closed)
         for share in self._taking_part():
-            if not (self._errand.needs(share.worker) and is_silent(share)):
+            if not (self._errand.needs(share.worker) and share.worker.is_silent):
                 continue
             if self._errand.awaits("started"):
                 if share.opened or any(map(self._could_serve, self._all)):
@@ -342,8 +342,8 @@ class Shares:
             return
         command = self._errand.answered(share.worker, message)
         if command is None:
-            if share.opening and share.rests and message["type"] in ("started", "failed"):
-                share.take_back()  # it goes on: now it is told again
+            if message["type"] in ("started", "failed"):
+                share.end_silence()  # it goes on: now it is told again
             return
         error = OSError(message["errno"], message["reason"])
         if command in ("stop", "release") or (command == "resize" and self._follows(share)):
@@ -404,12 +404,13 @@ class Shares:
         return share.worker.healthy and takes_part
 
     def _find_others(self, share: Share) -> bool:
-        """Have those that rest take part again; returns whether anyone but `share` takes part.
+        """Return whether anyone but `share` takes part; if not, have those that rest do so again.
 
         But those that answer nothing only if there are no others.
         """
-        for resting in [s for s in self._resting if s.worker.healthy] or self._resting:
-            resting.take_back()
+        if self._taking_part() == [share]:
+            for resting in [s for s in self._resting if s.worker.healthy] or self._resting:
+                resting.take_back()
         return self._taking_part() != [share]
 
     def _leader(self) -> Share:
@@ -480,20 +481,13 @@ class Shares:
                 share.close()  # killed, it opens nothing any more
         elif share.opened:  # it serves on, but for its clients; it is told again
             log.warning("disk %s: %s", self._disk, why)
-        elif share.worker.is_silent and (
-            self._taking_part() != [share] or self._find_others(share)
-        ):
+        elif share.worker.is_silent and self._find_others(share):
             self._give_up(share, DeviceError(errno.ETIMEDOUT, why), rests=True)
         elif self.opened:
             self._give_up(share, DeviceError(errno.ETIMEDOUT, why))
             self._stop([share])  # it may yet open it
         else:
             self._on_failed(DeviceError(errno.ETIMEDOUT, why))
-
-
-def is_silent(share: Share) -> bool:
-    """Whether its worker lives, and does not answer."""
-    return share.worker.is_silent
 
 
 def _take(_worker: WorkerProcess, _message: Message) -> None:

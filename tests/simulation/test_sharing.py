@@ -168,6 +168,15 @@ def disks_of(hosts: Hosts, core: int) -> dict[str, ServedDisk]:
     return worker.disks
 
 
+def stop_wide(hosts: Hosts, controller: Controller) -> list[Exception | None]:
+    """Stop the disk; returns the answers, to which others may be added."""
+    hosts.finish_applications()
+    answers: list[Exception | None] = []
+    controller.stop("wide", answers.append)
+    hosts.await_true(lambda: answers == [None])
+    return answers
+
+
 def block_at_the_next_start(hosts: Hosts, controller: Controller, core: int) -> WorkerProcess:
     """Kill the worker of the core; the next one waits for a medium as it is told to open disks."""
     hosts.worker(core).send_signal(signal.SIGKILL)
@@ -300,10 +309,7 @@ def test_one_that_closes_a_disk_is_not_ended_for_its_next_start(
 def test_nothing_is_cut_that_one_may_yet_open_as_it_was(
     hosts: Hosts, controller: Controller
 ) -> None:
-    hosts.finish_applications()
-    answers: list[Exception | None] = []
-    controller.stop("wide", answers.append)
-    hosts.await_true(lambda: answers == [None])
+    answers = stop_wide(hosts, controller)
     blocked = hosts.worker(0)
     blocked.block()
     controller.start("wide", answers.append)
@@ -323,10 +329,7 @@ def test_nothing_is_cut_that_one_may_yet_open_as_it_was(
 def test_a_first_start_waits_for_one_that_is_silent_where_the_other_lacks_memory(
     hosts: Hosts, controller: Controller
 ) -> None:
-    hosts.finish_applications()
-    answers: list[Exception | None] = []
-    controller.stop("wide", answers.append)
-    hosts.await_true(lambda: answers == [None])
+    answers = stop_wide(hosts, controller)
     blocked = hosts.worker(0)
     lack_memory(hosts, 1)
     blocked.block()
